@@ -1,0 +1,63 @@
+"""The errors of this package: whose fault it is, and what the caller may do next.
+
+`RequestError`  the client asked for what is refused; the device is well.
+`OptionError`   the person who started the server gave an option that cannot be; nothing was opened.
+`ImageError`    the file is not what the specification says, or uses what is not served: refuse to open.
+`DeviceFailed`  a write or a sync was lost: the device is latched, reads go on (design: invariant 7).
+
+Each carries an errno; `adapter.py` is the one place that maps them to NBD. A message says what, where,
+expected and found, on one line, without a traceback.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+
+
+class Error(Exception):
+    """Base of what this package raises on purpose; `errno` is what an NBD client may be told."""
+
+    errno: int = _errno.EIO
+
+
+class RequestError(Error):
+    """A request that is refused while the device is well: EINVAL, ENOSPC, EPERM, ENOTSUP."""
+
+    def __init__(self, errno: int, message: str) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
+class OptionError(Error):
+    """An option that cannot be: its name, what was found and what is allowed."""
+
+    errno = _errno.EINVAL
+
+
+class ImageError(Error):
+    """The file is damaged, or uses a feature that is not served; nothing was written."""
+
+    errno = _errno.EIO
+
+    def __init__(self, what: str, *, where: str = "", expected: object = None, found: object = None) -> None:
+        parts = [what]
+        if where:
+            parts.append(f"at {where}")
+        if expected is not None:
+            parts.append(f"expected {expected}")
+        if found is not None:
+            parts.append(f"found {found}")
+        super().__init__(", ".join(parts))
+        self.what, self.where, self.expected, self.found = what, where, expected, found
+
+
+class LockedError(ImageError):
+    """Another process holds the image: ours, or qemu."""
+
+    errno = _errno.EBUSY
+
+
+class DeviceFailed(Error):
+    """The device is latched: a write or a sync was lost; writes and flushes fail with EIO from now on."""
+
+    errno = _errno.EIO

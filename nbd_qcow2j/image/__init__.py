@@ -1,0 +1,1 @@
+"""The qcow2 engine: mapping, allocation, backing files, compressed clusters, snapshots, check."""
