@@ -114,6 +114,15 @@ class Punch(Allocate):
         self.storage.punch(self.offset, self.length)
 
 
+class ZeroRange(Allocate):
+    """Make the range read as zeros and give it space: what a cluster must be before it is handed out."""
+
+    __slots__ = ()
+
+    def perform(self) -> None:
+        self.storage.zero_range(self.offset, self.length)
+
+
 class Truncate(Step):
     """Set the length of the file."""
 
