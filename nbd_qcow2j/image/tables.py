@@ -9,15 +9,20 @@ but not home is kept, sector by sector, in the log's `home` set, and laid over w
 
 from __future__ import annotations
 
+from __future__ import annotations
+
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ..errors import ImageError
 from ..format.tables import table_from_bytes, table_to_bytes
 from ..geometry import SECTOR
 from ..steps import Gate, Operation, Read, Wait
-from ..storage import Storage
+
+if TYPE_CHECKING:
+    from ..storage import Storage
 
 
 class Table:

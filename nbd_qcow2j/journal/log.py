@@ -17,17 +17,20 @@ those that come while it runs share the next).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ..errors import DeviceFailed
 from ..format.journal import EncodedTransaction, encode_transaction
 from ..geometry import SECTOR, Geometry
-from ..image.epochs import Epochs
-from ..image.tables import Table
-from ..pending import Page
 from ..steps import Compute, Gate, Operation, Sync, Wait, WriteSync
-from ..storage import Storage
 from .ring import Ring
 from .transaction import CommittedTransaction, Transaction
+
+if TYPE_CHECKING:
+    from ..image.epochs import Epochs
+    from ..image.tables import Table
+    from ..pending import Page
+    from ..storage import Storage
 
 
 class Log:
@@ -82,7 +85,7 @@ class Log:
             self.check()
             wanted = self.running.size + ring.outstanding + cost
             if wanted > ring.max_transaction and (self.running.in_ring or ring.outstanding):
-                if self.running.in_ring and self.committing is None and self.fits(self.running):
+                if self.running.in_ring and self.committing is None and self.may_commit():
                     yield from self.commit()
                 elif self.committing is not None:
                     yield Wait(self.commit_gate)
@@ -108,11 +111,6 @@ class Log:
         self.ring.outstanding -= cost
         self.room_gate.open()
 
-    def fits(self, transaction: Transaction) -> bool:
-        """Whether the ring can take the transaction without what belongs to freeing the tail."""
-        ring = self.ring
-        return ring.used + transaction.size + ring.reserve - ring.max_transaction <= ring.length
-
     # ---- commit
 
     def last_number(self) -> int:
@@ -135,7 +133,7 @@ class Log:
     def may_commit(self) -> bool:
         """Room for ordinary commits ends at the reserve; beyond it only what makes the tail passable goes."""
         ring, running = self.ring, self.running
-        if not running.in_ring or ring.used + running.size + ring.reserve <= ring.length + ring.max_transaction:
+        if not running.in_ring or ring.used + running.size + ring.reserve <= ring.length:
             return True
         return ring.used + running.size <= ring.length and self.frees_tail()
 
