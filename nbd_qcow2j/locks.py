@@ -72,7 +72,6 @@ def acquire(fd: int, use: LockUse, *, name: str) -> None:
     wanted = [OUR_BYTE]
     wanted += [USED_BASE + bit for bit, _ in PERMISSIONS if use.uses >> bit & 1]
     wanted += [UNSHARED_BASE + bit for bit, _ in PERMISSIONS if not use.shares >> bit & 1]
-    # Looked up before we hold the byte ourselves only for symmetry: a description never meets its own locks.
     try:
         for byte in wanted:
             _set(fd, byte, fcntl.F_RDLCK)

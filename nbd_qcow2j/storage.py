@@ -25,7 +25,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from typing import Final, Protocol
+from typing import Final, Protocol, Self
 
 from .errors import ImageError
 from .locks import LockUse, acquire
@@ -229,7 +229,7 @@ class FileStorage:
         if fd >= 0:
             os.close(fd)
 
-    def __enter__(self) -> FileStorage:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -244,7 +244,7 @@ class FileStorage:
             done = os.pwritev(self._fd, batch, offset, flags)
             offset += done
             while done < length:
-                # Two short calls in a row that write nothing would go on for ever.
+                # Never seen; but to go on would be for ever.
                 if done == 0:
                     raise OSError(errno.EIO, "a write of the image wrote nothing")
                 batch, length = _skip(batch, done), length - done
