@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from ..errors import ImageError, RequestError
 from ..format.header import set_refcount_table
 from ..format.tables import REFTABLE_OFFSET_MASK
-from ..geometry import SECTOR, Geometry
+from ..geometry import Geometry
 from ..steps import Allocate, Gate, Operation, Punch, Wait, Write, ZeroRange
 from .tables import HeaderSector, RefcountBlock, Table, TableCache
 
@@ -243,19 +243,15 @@ class Allocator:
         )
         block.set(cluster % self.geometry.refcount_block_entries, 1)
         log = self.log
-        cost = 2 * (SECTOR + 24)
-        yield from log.take_credits(cost)
-        try:
-            # Order: a new table is written whole before the transaction that links it; only its later changes
-            # are journalled sector by sector, else a reused cluster's old bytes would be read as entries.
-            yield Write(self.storage, block.host_offset, [block.to_bytes()])
-            log.note_data()
-            self.reftable.entries[index] = block.host_offset
-            log.note_entry(self.reftable, index)
-            self.cache.install(block)
-            self.held.discard(cluster)
-        finally:
-            log.return_credits(cost)
+        # Order: a new table is written whole before the transaction that links it; only its later changes
+        # are journalled sector by sector, else a reused cluster's old bytes would be read as entries.
+        yield Write(self.storage, block.host_offset, [block.to_bytes()])
+        # No credits are waited for here: the checkpoint may need the pool. The ring's slack covers the sectors.
+        log.note_data()
+        self.reftable.entries[index] = block.host_offset
+        log.note_entry(self.reftable, index)
+        self.cache.install(block)
+        self.held.discard(cluster)
 
     def _move_table(self, index: int) -> Operation[None]:
         """Move the refcount table to a larger place at the end, which counts itself."""
@@ -279,8 +275,7 @@ class Allocator:
             block = yield from self.load_block(cluster)
             if block is not None:
                 block.pins += 1
-        cost = (3 + len(old_clusters) * 2) * (SECTOR + 24)
-        yield from log.take_credits(cost)
+        old_end = self.end
         try:
             new_blocks = []
             for number in range(blocks):
@@ -307,18 +302,14 @@ class Allocator:
             for cluster in old_clusters:
                 self.drop(cluster)
             self.end = first + total
-            # What lies between the old end and the block boundary is free.
-            self.found.extend(range(self.scan_gap(first), first))
+            if self._block_offset(old_end // per_block):
+                # What aligning the new table left is free, and its block exists.
+                self.found.extend(range(old_end, first))
         finally:
             for cluster in old_clusters:
                 pinned = self.block(cluster)
                 if pinned is not None:
                     pinned.pins -= 1
-            log.return_credits(cost)
-
-    def scan_gap(self, first: int) -> int:
-        """First cluster of the gap that aligning the new table left. Its block does not exist: left alone."""
-        return first
 
 
 def runs_of(clusters: list[int]) -> list[tuple[int, int]]:

@@ -46,7 +46,9 @@ class Ring:
         self.max_transaction = max(self.length // 16, BASE_COST + 2 * page_cost, BASE_COST + 2 * HOME_SECTORS * SECTOR_COST)
         pages = max(1, (self.max_transaction - BASE_COST) // page_cost)
         self.home_cost = HOME_SECTORS * SECTOR_COST + DESCRIPTOR_LENGTH
-        self.reserve = min(self.max_transaction + BASE_COST + pages * self.home_cost, self.length * 3 // 4)
+        slack = 8 * SECTOR_COST
+        """What growing the pool notes without credits."""
+        self.reserve = min(self.max_transaction + BASE_COST + slack + pages * self.home_cost, self.length * 3 // 4)
 
     @property
     def used(self) -> int:

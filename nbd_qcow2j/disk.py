@@ -1,0 +1,339 @@
+"""The block device: its state, reading, exclusion, flush, extents. Changing it is in `changes.py`.
+
+Everything here runs in one hold of the state lock between two yields (steps.py). Reads and pending writes
+never wait for the exclusion of a cluster; whoever changes where a cluster lives, or writes its home, does.
+
+    Invariant 5: pending pages first, then the mapping, in one hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .format.tables import ALL_SUBCLUSTERS, NORMAL, OFFSET_MASK, OFLAG_COPIED, UNALLOCATED, ZERO_ALLOC, ZERO_PLAIN, compressed_extent
+from .geometry import Geometry
+from .image.backing import Extent, Layer
+from .image.compressed import inflate
+from .pending import Page, PendingPages
+from .steps import Compute, Gate, Operation, Read, ReadInto, Wait
+
+if TYPE_CHECKING:
+    from .image.allocator import Allocator
+    from .image.mapping import Mapping
+    from .image.tables import TableCache
+    from .journal.log import Log
+    from .storage import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the engine may be told; sizes in bytes. Defaults are those of options.py."""
+
+    journal_size: int = 32 << 20
+    direct_write: int = 64 << 10
+    l2_cache: int = 16 << 20
+    discard: bool = True
+
+
+class Disk:
+    """State of an open image. Made by `opening.py`."""
+
+    def __init__(
+        self, *, name: str, geometry: Geometry, file: Storage, background: Storage, mapping: Mapping, cache: TableCache,
+        allocator: Allocator, log: Log, backing: Layer | None, compression_type: int, settings: Settings, read_only: bool,
+    ) -> None:  # fmt: skip
+        self.name, self.geometry, self.file, self.background = name, geometry, file, background
+        self.mapping, self.cache, self.allocator, self.log = mapping, cache, allocator, log
+        self.backing, self.compression_type, self.settings, self.read_only = backing, compression_type, settings, read_only
+        self.epochs = log.epochs
+        self.pending = PendingPages(geometry)
+        self.cluster_tokens: set[int] = set()
+        """Pending guest clusters that hold a pool cluster's token."""
+        self.table_tokens: set[int] = set()
+        """L1 indexes that hold one, for an L2 table that pending clusters will need."""
+        self.excluded: set[int] = set()
+        self.exclusion_gate = Gate("cluster exclusion")
+        self.merging: dict[int, list[list[bool]]] = {}
+        """Guest cluster -> flags of read-modify-writes in flight; set when what they read may be old."""
+        self.page_size = geometry.page_size
+        self.page_cost = log.running.page_cost
+        self.page_bits = geometry.page_size.bit_length() - 1
+        self.cow_read_bytes = 0
+        self.checkpoint_clusters = self.checkpoint_bytes = self.checkpoints = 0
+        self.replayed_transactions = 0
+
+    # ---- exclusion
+
+    def exclude(self, first: int, end: int, taken: list[int]) -> Operation[None]:
+        """Keep others from changing where these guest clusters live; what was taken is noted for `admit`."""
+        for cluster in range(first, end):
+            while cluster in self.excluded:
+                yield Wait(self.exclusion_gate)
+            self.excluded.add(cluster)
+            taken.append(cluster)
+
+    def admit(self, taken: list[int]) -> None:
+        if taken:
+            self.excluded.difference_update(taken)
+            self.exclusion_gate.open()
+
+    # ---- what lies where
+
+    def has_backing(self, cluster: int) -> bool:
+        """Whether the backing file has anything for a guest cluster."""
+        return self.backing is not None and cluster << self.geometry.cluster_bits < self.backing.size
+
+    def is_ours(self, entry: int, bitmap: int) -> bool:
+        """Whether a cluster may be written in place, as far as its entry says: all allocated, refcount one."""
+        return bool(
+            entry & OFLAG_COPIED and self.mapping.kind(entry, bitmap) == NORMAL
+            and (not self.geometry.extended_l2 or bitmap & ALL_SUBCLUSTERS == ALL_SUBCLUSTERS)
+        )  # fmt: skip
+
+    def reads_zero(self, cluster: int, entry: int, bitmap: int) -> bool:
+        """Whether a cluster is known to read as zeros, pending pages aside."""
+        kind = self.mapping.kind(entry, bitmap)
+        if kind in (ZERO_PLAIN, ZERO_ALLOC):
+            return True
+        return kind == UNALLOCATED and bitmap & ALL_SUBCLUSTERS == 0 and not self.has_backing(cluster)
+
+    # ---- reading
+
+    def find_contiguous(self, offset: int, length: int) -> int:
+        """Host offset of a range in one allocated cluster with nothing pending; -1 where it takes more."""
+        bits = self.geometry.cluster_bits
+        cluster = offset >> bits
+        if (offset + length - 1) >> bits != cluster or cluster in self.pending.clusters or self.geometry.extended_l2:
+            return -1
+        mapping = self.mapping
+        if not mapping.in_memory(cluster):
+            return -1
+        entry, _ = mapping.find(cluster)
+        if mapping.kind(entry, 0) != NORMAL:
+            return -1
+        return (entry & OFFSET_MASK) + (offset & (1 << bits) - 1)
+
+    def read_into(self, view: memoryview, offset: int) -> Operation[None]:
+        """Fill `view` from guest offset `offset`. Raises ImageError, OSError."""
+        epoch = self.epochs.enter()
+        try:
+            size = self.geometry.cluster_size
+            done, total = 0, len(view)
+            waiting: list[tuple[int, int, int]] = []
+            while done < total:
+                cluster, start = divmod(offset + done, size)
+                length = min(size - start, total - done)
+                while not self.mapping.in_memory(cluster):
+                    yield from self.mapping.load_l2(cluster)
+                entry, bitmap = self.mapping.find(cluster)
+                part = view[done : done + length]
+                for low, high in self._not_pending(part, cluster, start):
+                    if self.mapping.is_compressed(entry):
+                        yield from self._read_compressed(part[low:high], entry, start + low)
+                        continue
+                    for kind, at, piece in self.mapping.pieces(entry, bitmap, start + low, high - low):
+                        to = done + at - start
+                        if kind == NORMAL:
+                            self._add(waiting, (entry & OFFSET_MASK) + at, to, piece)
+                        elif kind == UNALLOCATED and self.has_backing(cluster):
+                            assert self.backing is not None
+                            yield from self.backing.read_into(view[to : to + piece], cluster * size + at)
+                        else:
+                            view[to : to + piece] = bytes(piece)
+                done += length
+            for host, to, piece in waiting:
+                yield ReadInto(self.file, host, view[to : to + piece])
+        finally:
+            self.epochs.leave(epoch)
+
+    @staticmethod
+    def _add(waiting: list[tuple[int, int, int]], host: int, to: int, length: int) -> None:
+        if waiting:
+            last_host, last_to, last = waiting[-1]
+            if last_host + last == host and last_to + last == to:
+                waiting[-1] = (last_host, last_to, last + length)
+                return
+        waiting.append((host, to, length))
+
+    def _not_pending(self, part: memoryview, cluster: int, start: int) -> list[tuple[int, int]]:
+        """Copy what is pending into `part`, in this hold; the (low, high) ranges of it that are left."""
+        pages = self.pending.clusters.get(cluster)
+        if not pages:
+            return [(0, len(part))]
+        size = self.page_size
+        left: list[tuple[int, int]] = []
+        base = cluster * self.geometry.pages_per_cluster
+        at = 0
+        while at < len(part):
+            number, inside = divmod(start + at, size)
+            length = min(size - inside, len(part) - at)
+            page = pages.get(base + number)
+            if page is not None:
+                part[at : at + length] = page.data[inside : inside + length]
+            elif left and left[-1][1] == at:
+                left[-1] = (left[-1][0], at + length)
+            else:
+                left.append((at, at + length))
+            at += length
+        return left
+
+    def _read_compressed(self, view: memoryview, entry: int, start: int) -> Operation[None]:
+        size = self.geometry.cluster_size
+        host, length = compressed_extent(entry, self.geometry.cluster_bits)
+        data = yield Read(self.file, host, length)
+        where = f"compressed cluster at {host} of {self.name}"
+        content = yield Compute(lambda: inflate(bytes(data), self.compression_type, size, where=where))
+        view[:] = content[start : start + len(view)]
+
+    def read_beneath(self, cluster: int) -> Operation[bytearray]:
+        """What a guest cluster holds without its pending pages. The caller has excluded it."""
+        content = bytearray(self.geometry.cluster_size)
+        view = memoryview(content)
+        table = yield from self.mapping.load_l2(cluster)
+        entry, bitmap = self.mapping.find(cluster) if table is not None else (0, 0)
+        if self.mapping.is_compressed(entry):
+            yield from self._read_compressed(view, entry, 0)
+        else:
+            for kind, at, length in self.mapping.pieces(entry, bitmap, 0, len(content)):
+                if kind == NORMAL:
+                    yield ReadInto(self.file, (entry & OFFSET_MASK) + at, view[at : at + length])
+                elif kind == UNALLOCATED and self.has_backing(cluster):
+                    assert self.backing is not None
+                    yield from self.backing.read_into(view[at : at + length], cluster * len(content) + at)
+        self.cow_read_bytes += len(content)
+        return content
+
+    # ---- pending pages
+
+    def tokens_needed(self, cluster: int) -> int:
+        """Pool clusters that must be promised before a page of this cluster may become pending."""
+        if cluster in self.pending.clusters:
+            return 0
+        index = cluster // self.geometry.l2_entries
+        l1_entry = self.mapping.l1.entries[index]
+        needed = 0 if l1_entry & OFLAG_COPIED or index in self.table_tokens else 1
+        if l1_entry and self.mapping.in_memory(cluster) and self.is_ours(*self.mapping.find(cluster)):
+            return needed
+        return needed + 1
+
+    def put_page(self, index: int, data: bytes) -> None:
+        """Make a page pending and note it in the running transaction. Room and credits are at hand."""
+        cluster = index // self.geometry.pages_per_cluster
+        if cluster not in self.pending.clusters:
+            self._take_tokens(cluster)
+        page = Page(data)
+        self.pending.put(index, page)
+        self.log.running.note_page(index, page)
+
+    def _take_tokens(self, cluster: int) -> None:
+        needed = self.tokens_needed(cluster)
+        self.allocator.tokens += needed
+        index = cluster // self.geometry.l2_entries
+        if index not in self.table_tokens and not self.mapping.l1.entries[index] & OFLAG_COPIED:
+            self.table_tokens.add(index)
+            needed -= 1
+        if needed:
+            self.cluster_tokens.add(cluster)
+
+    def return_token(self, cluster: int) -> None:
+        """The cluster has no pending pages any more."""
+        if cluster in self.cluster_tokens:
+            self.cluster_tokens.discard(cluster)
+            self.allocator.tokens -= 1
+
+    def try_write(self, data: bytes, offset: int) -> bool:
+        """Make whole pages of one cluster pending, if nothing has to be waited for. The hot path."""
+        size, length, log = self.page_size, len(data), self.log
+        first = offset >> self.page_bits
+        end = (offset + length) >> self.page_bits
+        cluster = offset >> self.geometry.cluster_bits
+        if (offset | length) & (size - 1) or (offset + length - 1) >> self.geometry.cluster_bits != cluster:
+            return False
+        if log.failed is not None or length >= self.settings.direct_write:
+            return False
+        ring, cost = log.ring, (end - first) * self.page_cost
+        busy = log.running.size + ring.outstanding + cost
+        if busy > ring.max_transaction or ring.used + busy + ring.reserve > ring.length:
+            return False
+        if cluster not in self.pending.clusters and self.tokens_needed(cluster) > self.allocator.available:
+            return False
+        if end - first == 1:
+            self.put_page(first, data)
+        else:
+            for index in range(first, end):
+                at = (index - first) * size
+                self.put_page(index, data[at : at + size])
+        return True
+
+    def drop_pages(self, first: int, end: int) -> None:
+        """Pages [first, end) are home elsewhere: out of the running transaction and the pending table, revoked."""
+        log = self.log
+        running = log.running
+        recorded = False
+        for index in range(first, end):
+            running.forget_page(index)
+            recorded = recorded or log.has_record(index)
+            if self.pending.get(index) is not None and self.pending.drop(index):
+                self.return_token(index // self.geometry.pages_per_cluster)
+        # A record at or after the tail would be replayed over the newer state, whether or not the page is
+        # still pending; the revoke is void for records of its own transaction (invariant 4).
+        if recorded:
+            running.note_guest_revoke(first, end)
+
+    def touch(self, cluster: int) -> None:
+        """What a read-modify-write of this cluster has read may be old now."""
+        for flag in self.merging.get(cluster, ()):
+            flag[0] = True
+
+    # ---- flush, extents
+
+    def flush(self) -> Operation[None]:
+        """Return when everything that completed before is durable. Raises DeviceFailed."""
+        self.log.check()
+        yield from self.log.commit_upto(self.log.last_number())
+
+    def extents(self, offset: int, length: int) -> Operation[list[Extent]]:
+        """What a range holds: data, allocated or not; zeros. Raises ImageError, OSError."""
+        found: list[Extent] = []
+        size = self.geometry.cluster_size
+        end = offset + length
+        while offset < end:
+            cluster, start = divmod(offset, size)
+            span = min(size - start, end - offset)
+            if cluster in self.pending.clusters:
+                _extend(found, span, zero=False, allocated=True)
+            elif not self.mapping.l2_offset(cluster) and not self.pending.clusters:
+                per_table = self.geometry.l2_entries * size
+                span = min(end - offset, per_table - offset % per_table)
+                if self.backing is not None:
+                    for extent in (yield from self.backing.extents(offset, span)):
+                        _extend(found, extent.length, zero=extent.zero, allocated=False)
+                else:
+                    _extend(found, span, zero=True, allocated=False)
+            else:
+                while not self.mapping.in_memory(cluster):
+                    yield from self.mapping.load_l2(cluster)
+                entry, bitmap = self.mapping.find(cluster)
+                if self.mapping.is_compressed(entry):
+                    _extend(found, span, zero=False, allocated=True)
+                    offset += span
+                    continue
+                for kind, at, piece in self.mapping.pieces(entry, bitmap, start, span):
+                    if kind == NORMAL:
+                        _extend(found, piece, zero=False, allocated=True)
+                    elif kind == UNALLOCATED and self.has_backing(cluster):
+                        assert self.backing is not None
+                        for extent in (yield from self.backing.extents(cluster * size + at, piece)):
+                            _extend(found, extent.length, zero=extent.zero, allocated=False)
+                    else:
+                        _extend(found, piece, zero=True, allocated=kind in (ZERO_ALLOC,))
+            offset += span
+        return found
+
+
+def _extend(found: list[Extent], length: int, *, zero: bool, allocated: bool) -> None:
+    if found and (found[-1].zero, found[-1].allocated) == (zero, allocated):
+        found[-1] = Extent(found[-1].length + length, zero, allocated)
+    else:
+        found.append(Extent(length, zero, allocated))
