@@ -221,12 +221,13 @@ class Disk:
         """Make a page pending and note it in the running transaction. Room and credits are at hand."""
         cluster = index // self.geometry.pages_per_cluster
         if cluster not in self.pending.clusters:
-            self._take_tokens(cluster)
+            self.take_tokens(cluster)
         page = Page(data)
         self.pending.put(index, page)
         self.log.running.note_page(index, page)
 
-    def _take_tokens(self, cluster: int) -> None:
+    def take_tokens(self, cluster: int) -> None:
+        """Promise what the cluster's first pending page needs; after a replay that may be more than there is."""
         needed = self.tokens_needed(cluster)
         self.allocator.tokens += needed
         index = cluster // self.geometry.l2_entries
