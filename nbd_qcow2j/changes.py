@@ -144,6 +144,8 @@ class Prepared:
             # Without a promise the pool may be empty: wait for room as any writer.
             while disk.allocator.available < 1:
                 yield from disk.allocator.ensure(1)
+        while not disk.allocator.pool:
+            yield from disk.allocator.ensure(disk.allocator.available + 1)
         table, used = yield from disk.mapping.own_l2(
             cluster, disk.background, disk.log, disk.allocator, token=promised or self.tokens > 0
         )
@@ -156,6 +158,9 @@ class Prepared:
 
     def reserve(self) -> Operation[int]:
         """A pool cluster of this operation's tokens, its refcount block pinned."""
+        while not self.disk.allocator.pool:
+            # After a replay more may be promised than the pool holds yet.
+            yield from self.disk.allocator.ensure(self.disk.allocator.available + 1)
         host = self.disk.allocator.reserve(token=True)
         self.tokens -= 1
         self.reserved.append(host)

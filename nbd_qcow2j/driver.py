@@ -1,0 +1,269 @@
+"""Runs the engine with real files and real threads: the lock, the I/O, the waits. The only file that does.
+
+One lock guards the state. It is held while an operation runs between two yields and never across I/O. Reads
+and pending writes run in the calling thread without a hop; a flush that finds no commit in progress makes it
+itself, one that finds one shares the next (group commit). The writer (writer.py) does what nobody waits for.
+
+    Order: a waiter registers with its gate in the hold in which its operation yielded, so no wake-up between
+    the look at the condition and the wait is lost.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from . import changes, checkpoint
+from .disk import Disk, Settings
+from .errors import Error, RequestError
+from .image.backing import Extent, open_backing
+from .locks import LockUse
+from .opening import detach, open_disk, read_header
+from .options import Options
+from .steps import Operation, Wait, run_simply
+from .storage import FileStorage, Storage
+from .writer import Writer
+
+T = TypeVar("T")
+
+SLOW_FROM = 0.75
+"""Fill of the ring from which writers are slowed down, little by little, so that none ever stalls."""
+SLOWEST_SECONDS = 0.02
+
+
+class Runner:
+    """Runs operations over one lock. Waiting threads cost nothing until their gate opens."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def run(self, operation: Operation[T]) -> T:
+        """Run an operation to its end in this thread. Raises what it raises."""
+        lock = self.lock
+        result: Any = None
+        failure: OSError | None = None
+        lock.acquire()
+        try:
+            while True:
+                try:
+                    step = operation.send(result) if failure is None else operation.throw(failure)
+                except StopIteration as stop:
+                    value: T = stop.value
+                    return value
+                result, failure = None, None
+                if isinstance(step, Wait):
+                    latch = threading.Lock()
+                    latch.acquire()
+                    step.gate.waiters.append(latch.release)
+                    lock.release()
+                    latch.acquire()
+                    lock.acquire()
+                    continue
+                lock.release()
+                try:
+                    result = step.perform()
+                except OSError as error:
+                    failure = error
+                finally:
+                    lock.acquire()
+        finally:
+            lock.release()
+
+
+class Device:
+    """A served image. Every method may be called from several threads at once and blocks until it is done.
+
+    Raises RequestError (the device is well), ImageError (the file is damaged where it was read), DeviceFailed.
+    """
+
+    def __init__(self, disk: Disk, options: Options, files: list[Storage]) -> None:
+        self.disk = disk
+        self.options = options
+        self.size = disk.geometry.size
+        self.read_only = disk.read_only
+        self.description = f"journalled qcow2, clusters of {disk.geometry.cluster_size} bytes" + (
+            ", read-only" if disk.read_only else ""
+        )
+        self._files = files
+        self._runner = Runner()
+        self._lock = self._runner.lock
+        self._writer: Writer | None = None
+        self._closed = False
+
+    # ---- life
+
+    def start(self) -> None:
+        """Start the writer: after the fork, a thread started earlier would be lost."""
+        if not self.read_only and self._writer is None:
+            self._writer = Writer(self.disk, self._runner.run, self.options)
+            self.disk.log.on_pressure = self._writer.wake_checkpoint
+            self._writer.start()
+
+    def close(self) -> None:
+        """Send everything home, detach the journal, close the file. May be called again. Raises DeviceFailed."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._writer is not None:
+            self._writer.stop()
+        try:
+            if not self.read_only:
+                self._runner.run(detach(self.disk))
+        finally:
+            if self.disk.backing is not None:
+                self.disk.backing.close()
+            for each in self._files:
+                each.close()
+
+    # ---- requests
+
+    def read_into(self, buffer: bytearray | memoryview, offset: int) -> None:
+        """Fill `buffer` with what the disk holds at `offset`."""
+        length = len(buffer)
+        disk, lock = self.disk, self._lock
+        if offset < 0 or offset + length > self.size:
+            changes.refuse_out_of_range(disk, offset, length)
+        with lock:
+            host = disk.find_contiguous(offset, length)
+            if host >= 0:
+                epoch = disk.epochs.current
+                epoch.active += 1
+        if host < 0:
+            self._runner.run(disk.read_into(memoryview(buffer), offset))
+            return
+        try:
+            disk.file.read_into(buffer, host)
+        finally:
+            with lock:
+                disk.epochs.leave(epoch)
+
+    def write(self, data: bytes, offset: int, fua: bool = False) -> None:
+        """Write `data`, which must not change any more; with `fua`, durable when this returns."""
+        disk = self.disk
+        self._check_writable(offset, len(data))
+        with self._lock:
+            done = disk.try_write(data, offset)
+        if not done:
+            self._change(lambda: changes.write(disk, data, offset), "write")
+        self._after_write()
+        if fua:
+            self.flush()
+
+    def write_zeroes(self, offset: int, length: int, *, may_trim: bool, fast: bool, fua: bool) -> None:
+        """Make a range read as zeros. Never slower than a write of as many bytes, so `fast` is always met."""
+        del fast
+        self._check_writable(offset, length)
+        self._change(lambda: changes.zero(self.disk, offset, length, trim=False, may_trim=may_trim), "write zeroes")
+        if fua:
+            self.flush()
+
+    def trim(self, offset: int, length: int, *, fua: bool) -> None:
+        """The client no longer needs a range: its whole pages read as zeros, its clusters are freed."""
+        self._check_writable(offset, length)
+        if self.options.discard:
+            self._change(lambda: changes.zero(self.disk, offset, length, trim=True, may_trim=True), "trim")
+        if fua:
+            self.flush()
+
+    def flush(self) -> None:
+        """Return when everything that completed before is durable."""
+        if self.read_only:
+            return
+        self._runner.run(self.disk.flush())
+
+    def cache(self, offset: int, length: int) -> None:
+        """Read a range into the host's page cache."""
+        changes.refuse_out_of_range(self.disk, offset, length)
+        buffer = bytearray(min(length, 1 << 20))
+        end = offset + length
+        while offset < end:
+            part = memoryview(buffer)[: min(len(buffer), end - offset)]
+            self._runner.run(self.disk.read_into(part, offset))
+            offset += len(part)
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        """What a range holds; the lengths add up to `length`."""
+        changes.refuse_out_of_range(self.disk, offset, length)
+        return self._runner.run(self.disk.extents(offset, length))
+
+    def block_sizes(self) -> tuple[int, int, int]:
+        """(minimum, preferred, maximum) request size in bytes."""
+        geometry = self.disk.geometry
+        return 1, max(4096, min(geometry.cluster_size, 1 << 16)), 32 << 20
+
+    # ---- inside
+
+    def _check_writable(self, offset: int, length: int) -> None:
+        if self.read_only:
+            raise RequestError(1, "the device is read-only")
+        changes.refuse_out_of_range(self.disk, offset, length)
+
+    def _change(self, make: Callable[[], Operation[None]], what: str) -> None:
+        self.disk.log.check()
+        self._runner.run(changes.guarded(self.disk, make(), what))
+
+    def _after_write(self) -> None:
+        disk, writer = self.disk, self._writer
+        if writer is None:
+            return
+        running = disk.log.running.size
+        if running >= self.options.commit_size:
+            writer.wake_commit()
+        if disk.allocator.available < disk.allocator.grow_step:
+            writer.wake_room()
+        full = max(checkpoint.fill(disk), disk.pending.size_bytes / self.options.pending_limit)
+        if full >= 0.5:
+            writer.wake_checkpoint()
+            if full > SLOW_FROM:
+                # Pacing: the delay grows with the fill, so that the ring is never found full.
+                time.sleep(min(1.0, (full - SLOW_FROM) / (1 - SLOW_FROM)) ** 3 * SLOWEST_SECONDS)
+
+
+def open_device(options: Options) -> Device:
+    """Open an image as the options say: lock, validate, replay or attach. Raises ImageError, OptionError."""
+    file = FileStorage.open(options.file, read_only=options.read_only)
+    files: list[Storage] = [file]
+    backing = None
+    try:
+        # Order: locked before the header is read, or another server's bytes would be believed.
+        file.lock(LockUse.READ if options.read_only else LockUse.WRITE)
+        header, _ = run_simply(read_header(file, name=options.file))
+        backing = open_backing(header, options.file, policy=options.backing, opener=_open_backing_file)
+        background = file if options.read_only else file.reopen()
+        if background is not file:
+            files.append(background)
+        settings = Settings(
+            journal_size=options.journal_size, direct_write=options.direct_write, l2_cache=options.l2_cache,
+            discard=options.discard,
+        )  # fmt: skip
+        disk = run_simply(
+            open_disk(
+                file, background, settings=settings, read_only=options.read_only, backing=backing,
+                uuid=os.urandom(16), name=options.file,
+            )
+        )  # fmt: skip
+    except BaseException:
+        if backing is not None:
+            with suppress(Error, OSError):
+                backing.close()
+        for each in files:
+            each.close()
+        raise
+    return Device(disk, options, files)
+
+
+def _open_backing_file(path: str) -> Storage:
+    file = FileStorage.open(path, read_only=True)
+    try:
+        file.lock(LockUse.BACKING)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+

@@ -1,0 +1,191 @@
+"""The writer: one trio thread that commits, checkpoints, fills the pool and releases, so that flushes find
+little to do. Requests never hop into it; they only wake it.
+
+    commit      when `commit_interval` passed, or the running transaction has `commit_size`
+    checkpoint  while the ring is more than half full; when idle for `checkpoint_interval`; at once when tight
+    room        while the pool is low; when freed clusters may be given back
+
+Each step is an operation of the engine, run in a worker thread by the driver: an fdatasync must not keep the
+other tasks waiting. A task that fails latches the device; waiting requests are woken by that.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+import trio
+
+from . import checkpoint
+from .disk import Disk
+from .errors import DeviceFailed, Error, RequestError
+from .steps import Operation
+
+HALF_FULL = 0.5
+RETRY_SECONDS = 0.2
+"""How long to wait before trying again where the host file system has no room."""
+
+
+class Settings(Protocol):
+    """What the writer needs of the options; sizes in bytes, times in seconds."""
+
+    @property
+    def commit_interval(self) -> float: ...
+    @property
+    def checkpoint_interval(self) -> float: ...
+    @property
+    def pending_limit(self) -> int: ...
+
+
+class _Bell:
+    """Wakes one task from any thread; rings that nobody has answered yet are one ring."""
+
+    def __init__(self) -> None:
+        self.event = trio.Event()
+        self.token: trio.lowlevel.TrioToken | None = None
+        self.rung = False
+
+    def ring(self) -> None:
+        if not self.rung and self.token is not None:
+            self.rung = True
+            try:
+                self.token.run_sync_soon(self._set)
+            except trio.RunFinishedError:
+                return
+
+    def _set(self) -> None:
+        self.event.set()
+
+    async def wait(self, seconds: float) -> bool:
+        """Return when rung, or after `seconds`; True when rung."""
+        with trio.move_on_after(seconds):
+            await self.event.wait()
+        rung, self.rung = self.event.is_set(), False
+        self.event = trio.Event()
+        return rung
+
+
+class Writer:
+    """The background half of a device. `run` runs an operation in the calling thread (driver.Runner)."""
+
+    def __init__(self, disk: Disk, run: Callable[[Operation[Any]], Any], settings: Settings) -> None:
+        self.disk, self.run, self.settings = disk, run, settings
+        self._commit, self._checkpoint, self._room = _Bell(), _Bell(), _Bell()
+        self._started = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._main, name="writer", daemon=True)
+        self._scope: trio.CancelScope | None = None
+        self._token: trio.lowlevel.TrioToken | None = None
+
+    def start(self) -> None:
+        self._thread.start()
+        self._started.wait()
+
+    def stop(self) -> None:
+        """End the tasks and wait for the step that runs. Called when no request is in flight."""
+        if self._token is not None and self._thread.is_alive():
+            self._stopping = True
+            try:
+                self._token.run_sync_soon(self._cancel)
+            except trio.RunFinishedError:
+                return
+            self._thread.join()
+
+    def wake_commit(self) -> None:
+        self._commit.ring()
+
+    def wake_checkpoint(self) -> None:
+        self._checkpoint.ring()
+
+    def wake_room(self) -> None:
+        self._room.ring()
+
+    # ---- inside the trio thread
+
+    def _cancel(self) -> None:
+        assert self._scope is not None
+        self._scope.cancel()
+
+    def _main(self) -> None:
+        try:
+            trio.run(self._tasks)
+        except BaseException as error:
+            self.disk.log.latch(error, "the writer ended")
+        finally:
+            self._started.set()
+
+    async def _tasks(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        for bell in (self._commit, self._checkpoint, self._room):
+            bell.token = self._token
+        with trio.CancelScope() as self._scope:
+            async with trio.open_nursery() as nursery:
+                for task in (self._commit_task, self._checkpoint_task, self._room_task):
+                    nursery.start_soon(self._guard, task)
+                self._started.set()
+
+    async def _guard(self, task: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await task()
+        except DeviceFailed:
+            # Latched: requests have been told; reading goes on without a writer.
+            return
+        except Error as error:
+            self.disk.log.latch(error, "background work")
+
+    async def _step(self, operation: Operation[Any]) -> Any:
+        # Not abandoned on cancel: what a step has begun on the disk must end before the journal is detached.
+        return await trio.to_thread.run_sync(self.run, operation)
+
+    async def _commit_task(self) -> None:
+        log = self.disk.log
+        while True:
+            await self._commit.wait(self.settings.commit_interval)
+            log.check()
+            if not log.running.empty:
+                await self._step(log.commit_upto(log.last_number()))
+
+    def _full(self) -> float:
+        return max(checkpoint.fill(self.disk), self.disk.pending.size_bytes / self.settings.pending_limit)
+
+    async def _checkpoint_task(self) -> None:
+        disk, log = self.disk, self.disk.log
+        seen = -1
+        while True:
+            rung = await self._checkpoint.wait(self.settings.checkpoint_interval)
+            log.check()
+            idle = not rung and log.running.number == seen
+            seen = log.running.number
+            while not self._stopping:
+                tight = checkpoint.is_tight(disk)
+                if not (tight or self._full() >= HALF_FULL or idle and (disk.pending.clusters or log.ring.transactions)):
+                    break
+                before = log.last_number()
+                try:
+                    done = await self._step(checkpoint.round_(disk, tight=tight))
+                except RequestError:
+                    done = False
+                if done and not log.running.empty and log.committed < before + 1:
+                    # The links of this round are what lets the next one move the tail.
+                    await self._step(log.commit_upto(log.last_number()) if log.may_commit() else checkpoint.round_(disk, tight=True))
+                self._room.ring()
+                if not done:
+                    await trio.sleep(RETRY_SECONDS if tight else 0.01)
+                    break
+                if idle:
+                    seen = log.running.number
+
+    async def _room_task(self) -> None:
+        disk = self.disk
+        allocator = disk.allocator
+        while True:
+            if disk.epochs.releasable:
+                await self._step(allocator.release())
+            if allocator.available < allocator.grow_step:
+                try:
+                    await self._step(allocator.ensure(allocator.grow_step))
+                except RequestError:
+                    # A synchronous ENOSPC loses nothing: requests that need room are told, we try again.
+                    await trio.sleep(RETRY_SECONDS)
+            await self._room.wait(1.0)
