@@ -21,7 +21,7 @@ from . import changes, checkpoint
 from .disk import Disk, Settings
 from .errors import Error, RequestError
 from .image.backing import Extent, open_backing
-from .locks import LockUse
+from .locks import READER, WRITER
 from .opening import detach, open_disk, read_header
 from .options import Options
 from .steps import Operation, Wait, run_simply
@@ -230,7 +230,7 @@ def open_device(options: Options) -> Device:
     backing = None
     try:
         # Order: locked before the header is read, or another server's bytes would be believed.
-        file.lock(LockUse.READ if options.read_only else LockUse.WRITE)
+        file.lock(READER if options.read_only else WRITER)
         header, _ = run_simply(read_header(file, name=options.file))
         backing = open_backing(header, options.file, policy=options.backing, opener=_open_backing_file)
         background = file if options.read_only else file.reopen()
@@ -259,7 +259,7 @@ def open_device(options: Options) -> Device:
 def _open_backing_file(path: str) -> Storage:
     file = FileStorage.open(path, read_only=True)
     try:
-        file.lock(LockUse.BACKING)
+        file.lock(READER)
     except BaseException:
         file.close()
         raise

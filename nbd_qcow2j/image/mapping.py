@@ -205,7 +205,8 @@ class Mapping:
         """Make a guest cluster unallocated, or zero; `keep` leaves its host cluster with it (zero allocated)."""
         old, old_bitmap = self.find(cluster)
         if keep and self.kind(old, old_bitmap) in (NORMAL, ZERO_ALLOC):
-            offset = old & (OFFSET_MASK | OFLAG_COPIED)
+            # A cluster that is kept says zero itself: without the flag it would show its old content.
+            offset, zero = old & (OFFSET_MASK | OFLAG_COPIED), True
         else:
             offset = 0
         if self.geometry.extended_l2:
