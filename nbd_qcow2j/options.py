@@ -135,7 +135,7 @@ class Options:
     """What the person who started the server asked for; every value is within its bounds."""
 
     file: str = _option("", _PATH_KIND, "the qcow2 image to serve")
-    read_only: bool = _option(False, _BOOL_KIND, "serve without writing to the image, also while its journal is attached")
+    read_only: bool = _option(False, _BOOL_KIND, "serve without writing to the image, even if its journal is attached")
     metrics: str | None = _option(
         None,
         _Kind("HOST:PORT", _parse_metrics, str),
@@ -210,9 +210,7 @@ class Options:
 
 
 # The attribute of a key is the key with `_`.
-OPTIONS: Mapping[str, Option] = {
-    entry.name.replace("_", "-"): entry.metadata["option"] for entry in fields(Options)
-}
+OPTIONS: Mapping[str, Option] = {entry.name.replace("_", "-"): entry.metadata["option"] for entry in fields(Options)}
 
 
 def _show_default(key: str) -> str:

@@ -1,0 +1,362 @@
+"""nbdkit's semantics: what its callbacks mean for a device, what a client is promised and told.
+
+The handle of a connection is the device itself, so that a request is one call away from it. Clients may send
+several requests at once over several connections: all of them see one device and one order of flushes
+(multi-conn is meant), and every request runs in the thread of nbdkit that brought it.
+
+An error reaches a client as an errno and nothing else; `_refusal` is the one place that chooses it. The reason
+goes to nbdkit's log in one line, and an error that nobody foresaw to its debug log with its traceback.
+
+What can fail is done in `get_ready`, while the person who started the server still sees it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import sys
+import traceback
+from time import perf_counter_ns
+from typing import Any, NoReturn
+
+import nbdkit
+
+from .counters import OperationCounters
+from .driver import Device, open_device
+from .errors import Error
+from .lifecycle import SocketFile, Stopper, call_if_start_fails, share_cpu
+from .metrics import MetricsServer, start_metrics
+from .options import Options, describe_options, parse_options
+
+# The errnos that NBD can tell a client apart; anything else is EIO.
+_TOLD = frozenset(
+    {errno.EPERM, errno.EIO, errno.ENOMEM, errno.EINVAL, errno.ENOSPC, errno.EOVERFLOW, errno.ENOTSUP, errno.ESHUTDOWN}
+)
+_SAME_AS = {errno.EACCES: errno.EPERM, errno.EROFS: errno.EPERM, errno.EDQUOT: errno.ENOSPC, errno.EFBIG: errno.ENOSPC}
+
+_FUA: int = nbdkit.FLAG_FUA
+_MAY_TRIM: int = nbdkit.FLAG_MAY_TRIM
+_FAST_ZERO: int = nbdkit.FLAG_FAST_ZERO
+_HOLE: int = nbdkit.EXTENT_HOLE
+_ZERO: int = nbdkit.EXTENT_ZERO
+
+OPERATIONS = {
+    name: OperationCounters() for name in ("read", "write", "flush", "trim", "write_zeroes", "cache", "block_status")
+}
+_READ = OPERATIONS["read"]
+_WRITE = OPERATIONS["write"]
+_FLUSH = OPERATIONS["flush"]
+_TRIM = OPERATIONS["trim"]
+_WRITE_ZEROES = OPERATIONS["write_zeroes"]
+_CACHE = OPERATIONS["cache"]
+_BLOCK_STATUS = OPERATIONS["block_status"]
+
+
+# ---- Errors -----------------------------------------------------------------------------------------
+
+
+class _Refusal(Exception):
+    """What a callback raises after it has chosen the client's errno: its text is all that is logged."""
+
+
+_format_exception = traceback.format_exception
+
+
+def _format_refusal(*args: Any, **kwargs: Any) -> list[str]:
+    """`traceback.format_exception`, which nbdkit calls to log what a callback raised.
+
+    A refusal is explained by its text; a traceback would bury it.
+    """
+    refusal = next((arg for arg in args if isinstance(arg, _Refusal)), None)
+    return [str(refusal)] if refusal is not None else _format_exception(*args, **kwargs)
+
+
+traceback.format_exception = _format_refusal
+
+
+def _errno_for(error: BaseException) -> int:
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    code = error.errno if isinstance(error, Error | OSError) else None
+    code = _SAME_AS.get(code or errno.EIO, code)
+    return code if code in _TOLD else errno.EIO
+
+
+def _refusal(error: BaseException) -> _Refusal:
+    """What to raise instead of `error`, with the client's errno set."""
+    if not isinstance(error, Error | OSError):
+        nbdkit.debug("".join(_format_exception(error)))
+    nbdkit.set_error(_errno_for(error))
+    return _Refusal(_explain(error))
+
+
+def _explain(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) if isinstance(error, Error) else f"internal error: {error!r}"
+
+
+def _fail(counters: OperationCounters, error: BaseException) -> NoReturn:
+    counters.errors += 1
+    raise _refusal(error) from None
+
+
+# ---- Starting and ending ----------------------------------------------------------------------------
+
+_pairs: list[tuple[str, str]] = []
+_options: Options
+_device: Device | None = None
+_metrics: MetricsServer | None = None
+_socket_file = SocketFile(None)
+_stopper = Stopper(nbdkit.shutdown)
+
+
+def dump_plugin() -> None:
+    """The keys, for `nbdkit --dump-plugin`, which is all the help nbdkit lets a Python plugin give."""
+    for key, metavar, text in describe_options():
+        print(f"nbd_qcow2j_{key.replace('-', '_')}={key}={metavar}: {text}")
+    sys.stdout.flush()
+
+
+def config(key: str, value: str) -> None:
+    """One `key=value` of the command line."""
+    _pairs.append((key, value))
+
+
+def config_complete() -> None:
+    """After the last key: what is unknown, out of bounds or missing is refused by name."""
+    global _options
+    try:
+        _options = parse_options(_pairs)
+    except Exception as error:
+        raise _refusal(error) from None
+
+
+def thread_model() -> int:
+    """Any number of requests at once, on any connection."""
+    model: int = nbdkit.THREAD_MODEL_PARALLEL
+    return model
+
+
+def get_ready() -> None:
+    """Open, lock, validate, replay, bind: what can fail. No thread is started yet; it would not survive the fork."""
+    global _device, _metrics
+    try:
+        if _options.metrics is not None:
+            with _stopper.own_listeners():
+                _metrics = start_metrics(_options.metrics)
+        _device = open_device(_options)
+        call_if_start_fails(_close)
+    except Exception as error:
+        raise _refusal(error) from None
+
+
+def after_fork() -> None:
+    """Start the threads, in the process that stays."""
+    global _socket_file
+    assert _device is not None
+    try:
+        share_cpu(_options.cpu)
+        _device.start()
+        if _metrics is not None:
+            _metrics.serve(_device.statistics, OPERATIONS)
+        _socket_file = SocketFile(_options.remove_socket)
+        # Should nbdkit end without `cleanup`, Python's own end is the last chance to detach.
+        atexit.register(_close)
+        _stopper.watch(_socket_file)
+    except Exception as error:
+        raise _refusal(error) from None
+
+
+def cleanup() -> None:
+    """No client is left: drain and detach."""
+    try:
+        _stopper.ended()
+        _close()
+    except Exception as error:
+        raise _refusal(error) from None
+
+
+def _close() -> None:
+    global _device, _metrics
+    device, _device = _device, None
+    metrics, _metrics = _metrics, None
+    _socket_file.remove()
+    try:
+        if device is not None:
+            device.close()
+    finally:
+        if metrics is not None:
+            metrics.close()
+
+
+# ---- Connections ------------------------------------------------------------------------------------
+
+
+def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
+    """One export, which is also what a client gets that names none."""
+    return [("", _device.description if _device is not None else "")]
+
+
+def default_export(readonly: bool, is_tls: bool) -> str:
+    """The name of the export for a client that names none."""
+    return ""
+
+
+def open_connection(readonly: bool) -> Device:
+    """The handle of a connection: the device."""
+    if _device is None:
+        raise _refusal(Error("the server is closing")) from None
+    return _device
+
+
+def export_description(device: Device) -> str:
+    """What the export is, for people; no path of the host."""
+    return device.description
+
+
+def get_size(device: Device) -> int:
+    """The virtual size in bytes."""
+    return device.size
+
+
+def block_size(device: Device) -> tuple[int, int, int]:
+    """(minimum, preferred, maximum) in bytes."""
+    return device.block_sizes()
+
+
+def is_rotational(device: Device) -> bool:
+    """No: what is near in the guest need not be near in the image."""
+    return False
+
+
+def can_write(device: Device) -> bool:
+    """Unless it was opened for reading."""
+    return not device.read_only
+
+
+def can_flush(device: Device) -> bool:
+    """Yes. Nothing is promised to be durable before a flush or FUA."""
+    return True
+
+
+def can_fua(device: Device) -> int:
+    """Native: a FUA write joins a commit, and waits for that alone."""
+    native: int = nbdkit.FUA_NATIVE
+    return native
+
+
+def can_trim(device: Device) -> bool:
+    """Yes; refused by nbdkit when the export is read-only."""
+    return True
+
+
+def can_zero(device: Device) -> bool:
+    """Yes; refused by nbdkit when the export is read-only."""
+    return True
+
+
+def can_fast_zero(device: Device) -> bool:
+    """Yes: the device answers ENOTSUP where a zero would cost as much as a write."""
+    return True
+
+
+def can_cache(device: Device) -> int:
+    """Native: it reads ahead, and copies nothing into this process."""
+    native: int = nbdkit.CACHE_NATIVE
+    return native
+
+
+def can_extents(device: Device) -> bool:
+    """Yes, across the backing chain."""
+    return True
+
+
+def can_multi_conn(device: Device) -> bool:
+    """Yes: a flush on one connection covers what was answered on every other."""
+    return True
+
+
+# ---- Requests ---------------------------------------------------------------------------------------
+
+
+def pread(device: Device, buffer: Any, offset: int, flags: int) -> None:
+    """Fill nbdkit's buffer."""
+    started = perf_counter_ns()
+    try:
+        device.read_into(buffer, offset)
+    except BaseException as error:
+        _fail(_READ, error)
+    _READ.observe(len(buffer), perf_counter_ns() - started)
+
+
+def pwrite(device: Device, buffer: Any, offset: int, flags: int) -> None:
+    """Write a copy of nbdkit's buffer, which is used again for the next request."""
+    started = perf_counter_ns()
+    try:
+        device.write(bytes(buffer), offset, (flags & _FUA) != 0)
+    except BaseException as error:
+        _fail(_WRITE, error)
+    _WRITE.observe(len(buffer), perf_counter_ns() - started)
+
+
+def flush(device: Device, flags: int) -> None:
+    """Return when everything that was answered before is durable."""
+    started = perf_counter_ns()
+    try:
+        device.flush()
+    except BaseException as error:
+        _fail(_FLUSH, error)
+    _FLUSH.observe(0, perf_counter_ns() - started)
+
+
+def trim(device: Device, count: int, offset: int, flags: int) -> None:
+    """The content of the range is no longer of interest."""
+    started = perf_counter_ns()
+    try:
+        device.trim(offset, count, fua=(flags & _FUA) != 0)
+    except BaseException as error:
+        _fail(_TRIM, error)
+    _TRIM.observe(count, perf_counter_ns() - started)
+
+
+def zero(device: Device, count: int, offset: int, flags: int) -> None:
+    """The range reads as zeros."""
+    started = perf_counter_ns()
+    try:
+        device.write_zeroes(
+            offset,
+            count,
+            may_trim=(flags & _MAY_TRIM) != 0,
+            fast=(flags & _FAST_ZERO) != 0,
+            fua=(flags & _FUA) != 0,
+        )
+    except BaseException as error:
+        _fail(_WRITE_ZEROES, error)
+    _WRITE_ZEROES.observe(count, perf_counter_ns() - started)
+
+
+def cache(device: Device, count: int, offset: int, flags: int) -> None:
+    """The range will be read soon."""
+    started = perf_counter_ns()
+    try:
+        device.cache(offset, count)
+    except BaseException as error:
+        _fail(_CACHE, error)
+    _CACHE.observe(count, perf_counter_ns() - started)
+
+
+def extents(device: Device, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
+    """(offset, length, type) of each piece of the range: a hole has no cluster, zeros need not be read."""
+    started = perf_counter_ns()
+    found = []
+    position = offset
+    try:
+        for extent in device.extents(offset, count):
+            kind = (0 if extent.allocated else _HOLE) | (_ZERO if extent.zero else 0)
+            found.append((position, extent.length, kind))
+            position += extent.length
+    except BaseException as error:
+        _fail(_BLOCK_STATUS, error)
+    _BLOCK_STATUS.observe(count, perf_counter_ns() - started)
+    return found

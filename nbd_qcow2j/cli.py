@@ -1,0 +1,69 @@
+"""`nbd-qcow2j COMMAND …`: the command line. What a command does stands in `commands/COMMAND.py`.
+
+Only the module of the command that is asked for is imported: `serve` is on the way to every start.
+An error that was foreseen is one line and exit code 1; what argparse refuses is 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import sys
+from collections.abc import Sequence
+
+from . import __version__, commands
+from .errors import Error
+
+# The order of the help; what is not named here comes after.
+_ORDER = ("serve", "create", "info", "check", "recover", "journal")
+
+
+def _names() -> list[str]:
+    there = [module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")]
+    return sorted(there, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
+
+
+def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nbd-qcow2j", description="Serve a qcow2 image over NBD with a journal, and look after such images."
+    )
+    parser.add_argument("--version", action="version", version=f"nbd-qcow2j {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in names:
+        importlib.import_module(f"{commands.__name__}.{name}").add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` names; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    names = _names()
+    command = words[0] if words and words[0] in names else None
+    passed_on: list[str] = []
+    if command == "serve" and "--" in words:
+        # argparse would mix what follows with our own arguments.
+        split = words.index("--")
+        words, passed_on = words[:split], words[split + 1 :]
+    arguments = _parser([command] if command else names).parse_args(words)
+    arguments.passed_on = passed_on
+    try:
+        code: int = importlib.import_module(f"{commands.__name__}.{arguments.command}").run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has enough. Python must not flush into the closed pipe once more.
+        sys.stderr.close()
+        return 1
+    except Error as error:
+        print(f"nbd-qcow2j: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"nbd-qcow2j: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

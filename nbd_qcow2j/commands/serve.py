@@ -1,0 +1,220 @@
+"""`nbd-qcow2j serve`: check everything that can be checked, then become nbdkit.
+
+The process is replaced, not parent to the server: signals, exit codes and pid files mean the server itself.
+The plugin checks again what is checked here, and more (locks, the journal); here it is one line without a word
+about nbdkit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import ipaddress
+import os
+import shlex
+import shutil
+import socket
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from ..errors import Error, ImageError, OptionError
+from ..format.header import check_usable, parse_header
+from ..options import Options, describe_options, parse_address, parse_options
+
+# nbdkit's threads for each connection. On one CPU (lifecycle.py) the number hardly matters to small reads: 44k to
+# 57k a second at depth 16 for 1 to 16 of them. Eight keep a disk busy with cold reads while one waits for a flush;
+# with four connections 4 threads serve 36k, 8 serve 42k to 51k and 16 serve 44k.
+THREADS = 8
+
+# sun_path, less its closing zero.
+_SOCKET_PATH_BYTES = 107
+# Options of the image that `serve` takes in another form.
+_SPELT_OUT = frozenset({"file", "read-only", "remove-socket"})
+# Options of nbdkit whose value is the next word, which may then contain `=`.
+_TAKES_A_WORD = frozenset(
+    "-D -e -g -i -m -P -p -t -U -u --debug --export --export-name --filter --group --user --log "
+    "--mask-handshake --threads --tls-certificates --tls-psk --tls --vsock-port".split()
+)
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `serve` to the command line."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "serve",
+        help="serve an image over NBD",
+        description="Serve IMAGE over NBD, in the foreground until SIGTERM or Ctrl-C.",
+        epilog="What follows -- goes to nbdkit, such as --tls=require or --filter=log logfile=/tmp/log.",
+        usage="nbd-qcow2j serve IMAGE (--socket PATH | --port N) [options] [-- nbdkit options]",
+    )
+    parser.add_argument("image", metavar="IMAGE", help="the qcow2 image to serve")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--socket", metavar="PATH", help="listen on this Unix socket")
+    where.add_argument("--port", type=int, metavar="N", help="listen on this TCP port")
+    parser.add_argument("--address", metavar="A", help="the address for --port (default 127.0.0.1)")
+    parser.add_argument("--read-only", action="store_true", help="serve without writing to the image")
+    parser.add_argument("--daemonize", action="store_true", help="serve in the background")
+    parser.add_argument("--pid-file", metavar="F", help="write the process id of the server there")
+    group = parser.add_argument_group("options of the image (for plain nbdkit: key=value)")
+    for key, metavar, text in describe_options():
+        if key not in _SPELT_OUT:
+            group.add_argument(f"--{key}", metavar=metavar, help=text.replace("%", "%%"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check, say where the image will be, and exec nbdkit. Returns only if nothing was started."""
+    pairs = _pairs(arguments)
+    options = parse_options(pairs)
+    nbdkit = shutil.which("nbdkit", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
+    if nbdkit is None:
+        raise Error("nbdkit is not installed: run deploy/setup")
+    plugin = Path(__file__).resolve().parents[2] / "plugin.py"
+    if not plugin.is_file():
+        raise Error(f"{plugin} is not there: nbd-qcow2j serves from its source tree")
+
+    check_image(options)
+    if options.metrics is not None:
+        check_port("metrics", *parse_address(options.metrics))
+    if arguments.socket is not None:
+        path = os.path.abspath(arguments.socket)
+        claim_socket(path)
+        listen = ["-U", path]
+        pairs.append(("remove-socket", path))
+        uri = f"nbd+unix:///?socket={quote(path)}"
+    else:
+        host = arguments.address or "127.0.0.1"
+        check_port("port", host, arguments.port)
+        listen = ["-i", host, "-p", str(arguments.port)]
+        uri = f"nbd://{f'[{host}]' if ':' in host else host}:{arguments.port}"
+        if not _is_loopback(host) and not any(word.startswith("--tls") for word in arguments.passed_on):
+            print(
+                f"nbd-qcow2j: warning: anybody who reaches {host} port {arguments.port} can read and write the disk:"
+                " NBD has no passwords; use -- --tls=require (see nbdkit-tls(1))",
+                file=sys.stderr,
+            )
+
+    command = [nbdkit, "-t", str(THREADS), *listen]
+    if not arguments.daemonize:
+        command.append("-f")
+    if arguments.pid_file is not None:
+        command += ["-P", os.path.abspath(arguments.pid_file)]
+    for_nbdkit, for_filters = _split_passed_on(arguments.passed_on)
+    command += [*for_nbdkit, "python", str(plugin), *(f"{key}={value}" for key, value in pairs), *for_filters]
+    print(_how_to_attach(options, uri, arguments), flush=True)
+    sys.stderr.flush()
+    os.execv(nbdkit, command)
+
+
+def _pairs(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """The options of the image that were given, absolute paths and all, as plain nbdkit would get them."""
+    pairs = [("file", os.path.abspath(arguments.image))]
+    if arguments.read_only:
+        pairs.append(("read-only", "true"))
+    for key, _, _ in describe_options():
+        if key not in _SPELT_OUT and (value := getattr(arguments, key.replace("-", "_"))) is not None:
+            pairs.append((key, value))
+    if arguments.port is not None and not 0 < arguments.port < 1 << 16:
+        raise OptionError(f"option port: expected 1 to 65535, found {arguments.port}")
+    if arguments.address is not None and arguments.port is None:
+        raise OptionError("option address: it goes with --port")
+    return pairs
+
+
+def _split_passed_on(words: list[str]) -> tuple[list[str], list[str]]:
+    """nbdkit's own options, and the `key=value` of its filters: those come after the plugin's name."""
+    own: list[str] = []
+    keys: list[str] = []
+    before = ""
+    for word in words:
+        is_key = "=" in word and not word.startswith("-") and before not in _TAKES_A_WORD
+        (keys if is_key else own).append(word)
+        before = word
+    return own, keys
+
+
+def check_image(options: Options) -> None:
+    """Whether the file is an image that can be served. Raises ImageError or OSError; changes and locks nothing."""
+    path = options.file
+    mode = os.stat(path).st_mode
+    if stat.S_ISBLK(mode):
+        raise ImageError(f"{path}: is a block device; images on block devices are not served, only files")
+    if not stat.S_ISREG(mode):
+        raise ImageError(f"{path}: is not a file")
+    if not os.access(path, os.R_OK if options.read_only else os.R_OK | os.W_OK):
+        hint = "" if options.read_only else "; --read-only needs less"
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES) + hint, path)
+    with open(path, "rb") as file:
+        header = parse_header(file.read(64 << 10), file_size=os.fstat(file.fileno()).st_size, name=path)
+    check_usable(header, write=not options.read_only, name=path)
+
+
+def claim_socket(path: str) -> None:
+    """Make sure that nothing is at `path`: what a killed server left is removed. Raises Error if it is in use."""
+    if len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
+        raise OptionError(
+            f"option socket: expected at most {_SOCKET_PATH_BYTES} bytes, found {len(os.fsencode(path))}: {path}"
+        )
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        if not os.path.isdir(os.path.dirname(path)):
+            raise OptionError(f"option socket: the directory of {path} does not exist") from None
+        return
+    if not stat.S_ISSOCK(mode):
+        raise OptionError(f"option socket: {path} exists and is not a socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        # A server with a full backlog is a server.
+        probe.setblocking(False)
+        code = probe.connect_ex(path)
+    if code not in (errno.ECONNREFUSED, errno.ENOENT):
+        raise OptionError(f"option socket: {path} is in use: a server answers there")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def check_port(name: str, host: str, port: int) -> None:
+    """Whether something can listen there; `name` is the option's. Raises OptionError."""
+    try:
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in infos:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+                probe.listen()
+    except OSError as error:
+        raise OptionError(f"option {name}: cannot listen on {host} port {port}: {error.strerror}") from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _how_to_attach(options: Options, uri: str, arguments: argparse.Namespace) -> str:
+    """What to type in another terminal."""
+    quoted = shlex.quote(uri)
+    if arguments.socket is not None:
+        nbd_client = f"-unix {shlex.quote(os.path.abspath(arguments.socket))}"
+    else:
+        nbd_client = f"{arguments.address or '127.0.0.1'} {arguments.port}"
+    read_only = ",read-only=on" if options.read_only else ""
+    drive = shlex.quote(f"file={uri.replace(',', ',,')},format=raw,if=virtio,discard=unmap{read_only}")
+    lines = [
+        f"serving {options.file} at {uri}",
+        f"  qemu        qemu-system-x86_64 -m 1G -drive {drive}",
+        f"  /dev/nbd0   sudo modprobe nbd && sudo nbd-client {nbd_client} /dev/nbd0",
+        f"  copy        nbdcopy {quoted} copy.raw",
+        f"  convert     qemu-img convert -f raw -O qcow2 {quoted} copy.qcow2",
+    ]
+    if options.metrics is not None:
+        lines.append(f"  metrics     http://{options.metrics}/metrics")
+    if not arguments.daemonize:
+        lines.append("Ctrl-C ends it.")
+    return "\n".join(lines)
