@@ -142,7 +142,9 @@ class FileStorage:
             fd = os.open(f"/proc/self/fd/{self._fd}", flags)
         except OSError as error:
             reason = os.strerror(error.errno or errno.EIO)
-            raise ImageError(f"{self.name}: cannot open the file a second time through /proc/self/fd: {reason}") from None
+            raise ImageError(
+                f"{self.name}: cannot open the file a second time through /proc/self/fd: {reason}"
+            ) from None
         return FileStorage(fd, self.name, read_only=self.read_only)
 
     def lock(self, use: LockUse) -> None:

@@ -7,6 +7,7 @@ import errno
 import os
 import random
 import stat
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,6 @@ def test_reads_past_the_end_are_zeros(file: FileStorage) -> None:
 
 def test_a_view_of_wider_items_is_filled_and_written_by_bytes(file: FileStorage) -> None:
     # An L2 table is an array of 64-bit integers: its length in items is not its length in bytes.
-    from array import array
-
     table = array("Q", range(3000))
     file.write(8, [memoryview(table), b"end"])
     assert read(file, 8, 24_003) == table.tobytes() + b"end"
@@ -217,9 +216,7 @@ def test_fall_backs_give_the_same_content_and_length(
     assert file.size() == 5 * MIB
 
 
-def test_allocate_without_support_never_shortens_the_file(
-    file: FileStorage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_allocate_without_support_never_shortens_the_file(file: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_module, "_libc", LibC(set(), errno.EOPNOTSUPP))
     file.write(9000, [b"z"])
     file.allocate(0, 4096)
