@@ -119,7 +119,7 @@ class CachedFile:
         """Zero a range; the sectors that are zero in every state are not worth an effect."""
         end = min(offset + length, self.current_size) if keep_size else offset + length
         sectors: dict[int, bytes] = {}
-        for sector in self._known(offset // SECTOR, -(-end // SECTOR)):
+        for sector in self._known(offset // SECTOR, -(-end // SECTOR)) if end > offset else ():
             start, stop = max(offset - sector * SECTOR, 0), min(end - sector * SECTOR, SECTOR)
             old = self._see(sector)
             sectors[sector] = old[:start] + bytes(stop - start) + old[stop:]

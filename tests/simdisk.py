@@ -368,6 +368,8 @@ class SimStorage:
 
     def _change(self, kind: str, offset: int, length: int) -> None:
         self._enter(kind, offset, length, change=True)
+        if not length and kind != "truncate":
+            return  # as FileStorage has it
         with self.disk.lock:
             number, fault = self.disk.begin(kind, offset, length)
             if fault:
