@@ -15,9 +15,8 @@ import errno
 from typing import TYPE_CHECKING
 
 from .errors import ImageError
-from .format.header import (
-    INCOMPAT_JOURNAL, Header, HeaderPlan, check_usable, journal_extension_of, parse_header, plan_attach, plan_detach,
-)  # fmt: skip
+from .format.header import INCOMPAT_JOURNAL, Header, check_usable, journal_extension_of, parse_header
+from .format.header_rewrite import HeaderPlan, plan_attach, plan_detach
 from .format.journal import ALIGNMENT, MIN_RING, SLOTS_LENGTH, Location, Slot
 from .format.tables import REFTABLE_OFFSET_MASK, table_from_bytes
 from .geometry import SECTOR

@@ -21,7 +21,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from ..errors import ImageError, RequestError
-from ..format.header import set_refcount_table
+from ..format.header_rewrite import set_refcount_table
 from ..format.tables import REFTABLE_OFFSET_MASK
 from ..geometry import Geometry
 from ..steps import Allocate, Gate, Operation, Punch, Wait, Write, ZeroRange

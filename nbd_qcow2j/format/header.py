@@ -1,0 +1,230 @@
+"""The qcow2 header: bytes to `Header`, and what is refused. Spec: "Header", "Header extensions".
+
+Construct reads the fixed part; every offset and count is checked before anybody uses it. Rewriting the header
+cluster for the journal is in `header_rewrite.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import construct as c
+
+from ..errors import ImageError
+from ..geometry import Geometry
+
+MAGIC: Final = b"QFI\xfb"
+EXTENSION_END: Final = 0
+EXTENSION_BACKING_FORMAT: Final = 0xE2792ACA
+EXTENSION_FEATURE_NAMES: Final = 0x6803F857
+EXTENSION_BITMAPS: Final = 0x23852875
+EXTENSION_JOURNAL: Final = 0x716A726E
+JOURNAL_BIT: Final = 62
+INCOMPAT_DIRTY: Final = 1 << 0
+INCOMPAT_CORRUPT: Final = 1 << 1
+INCOMPAT_DATA_FILE: Final = 1 << 2
+INCOMPAT_COMPRESSION: Final = 1 << 3
+INCOMPAT_EXTENDED_L2: Final = 1 << 4
+INCOMPAT_JOURNAL: Final = 1 << JOURNAL_BIT
+INCOMPAT_KNOWN: Final = (
+    INCOMPAT_DIRTY | INCOMPAT_CORRUPT | INCOMPAT_DATA_FILE | INCOMPAT_COMPRESSION | INCOMPAT_EXTENDED_L2 | INCOMPAT_JOURNAL
+)
+AUTOCLEAR_BITMAPS: Final = 1 << 0
+FEATURE_NAME: Final = b"journal (nbd-qcow2j)"
+MAX_L1_BYTES: Final = 32 << 20
+MAX_BACKING_NAME: Final = 1023
+"""Limits: as in qemu."""
+V3_LENGTH: Final = 104
+SAVED: Final = c.Struct("header_length" / c.Int32ub, "backing_offset" / c.Int64ub, "at_104" / c.Bytes(8))
+"""What `header_rewrite.py` puts before the journal's own data in our extension."""
+
+FIXED: Final = c.Struct(
+    "magic" / c.Const(MAGIC),
+    "version" / c.Int32ub,
+    "backing_offset" / c.Int64ub,
+    "backing_length" / c.Int32ub,
+    "cluster_bits" / c.Int32ub,
+    "size" / c.Int64ub,
+    "crypt_method" / c.Int32ub,
+    "l1_entries" / c.Int32ub,
+    "l1_offset" / c.Int64ub,
+    "refcount_table_offset" / c.Int64ub,
+    "refcount_table_clusters" / c.Int32ub,
+    "snapshot_count" / c.Int32ub,
+    "snapshots_offset" / c.Int64ub,
+)
+_V3: Final = c.Struct(
+    "incompatible" / c.Int64ub,
+    "compatible" / c.Int64ub,
+    "autoclear" / c.Int64ub,
+    "refcount_order" / c.Int32ub,
+    "header_length" / c.Int32ub,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """A header extension; `data` without its padding."""
+
+    type: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Header:
+    """A header whose numbers were checked. Offsets and sizes in bytes, feature sets as bits."""
+
+    version: int
+    backing_offset: int
+    backing_name: bytes | None
+    backing_format: str | None
+    cluster_bits: int
+    size: int
+    crypt_method: int
+    l1_entries: int
+    l1_offset: int
+    refcount_table_offset: int
+    refcount_table_clusters: int
+    snapshot_count: int
+    snapshots_offset: int
+    incompatible: int
+    compatible: int
+    autoclear: int
+    refcount_order: int
+    header_length: int
+    compression_type: int
+    extensions: tuple[Extension, ...]
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        return Geometry(self.cluster_bits, self.refcount_order, self.size, bool(self.incompatible & INCOMPAT_EXTENDED_L2))
+
+
+def parse_header(data: bytes, *, file_size: int, name: str) -> Header:
+    """The header at the start of an image's first bytes (64 KiB or the file, whichever is less).
+
+    Raises ImageError: what, where, expected, found.
+    """
+    where = f"header of {name}"
+    if len(data) < FIXED.sizeof() or data[:4] != MAGIC or file_size < FIXED.sizeof():
+        raise ImageError(f"{name} is not a qcow2 image", expected=MAGIC.hex(), found=bytes(data[:4]).hex() or "nothing")
+    fixed = FIXED.parse(bytes(data[: FIXED.sizeof()]))
+    if fixed.version not in (2, 3):
+        raise ImageError("qcow2 version is not supported", where=where, expected="2 or 3", found=fixed.version)
+    if not 9 <= fixed.cluster_bits <= 21:
+        raise ImageError("cluster size is impossible", where=where, expected="9 to 21 bits", found=fixed.cluster_bits)
+    cluster_size = 1 << fixed.cluster_bits
+    incompatible = compatible = autoclear = 0
+    order, length, compression = 4, FIXED.sizeof(), 0
+    if fixed.version == 3:
+        more = _V3.parse(bytes(data[FIXED.sizeof() : V3_LENGTH]).ljust(_V3.sizeof(), b"\0"))
+        incompatible, compatible, autoclear = more.incompatible, more.compatible, more.autoclear
+        order, length = more.refcount_order, more.header_length
+        if not V3_LENGTH <= length <= min(cluster_size, len(data)):
+            raise ImageError("header length is impossible", where=where, expected=f"104 to {cluster_size}", found=length)
+        if length > V3_LENGTH:
+            compression = data[V3_LENGTH]
+    if order > 6:
+        raise ImageError("refcount width is impossible", where=where, expected="an order of 0 to 6", found=order)
+    if compression > 1 or bool(incompatible & INCOMPAT_COMPRESSION) != bool(compression):
+        raise ImageError("compression type is not supported", where=where, expected="zlib, or zstd with its bit", found=compression)
+    _check_tables(fixed, cluster_size, where)
+    extended = bool(incompatible & INCOMPAT_EXTENDED_L2)
+    if extended and fixed.cluster_bits < 14:
+        raise ImageError("clusters too small for extended L2 entries", where=where, expected=16384, found=cluster_size)
+    geometry = Geometry(fixed.cluster_bits, order, fixed.size, extended)
+    if fixed.l1_entries < geometry.l1_entries:
+        raise ImageError("L1 table too small", where=where, expected=f"{geometry.l1_entries} entries", found=fixed.l1_entries)
+    end = fixed.backing_offset or cluster_size
+    backing_name = None
+    if fixed.backing_offset:
+        name_end = fixed.backing_offset + fixed.backing_length
+        if fixed.backing_length > MAX_BACKING_NAME or fixed.backing_offset < length or name_end > min(cluster_size, len(data)):
+            raise ImageError(
+                "backing file name lies at an impossible place", where=where,
+                expected=f"inside the header cluster, at most {MAX_BACKING_NAME} bytes",
+                found=f"{fixed.backing_length} bytes at {fixed.backing_offset}",
+            )  # fmt: skip
+        backing_name = bytes(data[fixed.backing_offset : name_end]) or None
+    extensions = _extensions(data[: min(end, cluster_size)], length, where)
+    formats = [each.data for each in extensions if each.type == EXTENSION_BACKING_FORMAT]
+    return Header(
+        version=fixed.version, backing_offset=fixed.backing_offset, backing_name=backing_name,
+        backing_format=formats[0].decode("ascii", "replace") if formats else None, cluster_bits=fixed.cluster_bits,
+        size=fixed.size, crypt_method=fixed.crypt_method, l1_entries=fixed.l1_entries, l1_offset=fixed.l1_offset,
+        refcount_table_offset=fixed.refcount_table_offset, refcount_table_clusters=fixed.refcount_table_clusters,
+        snapshot_count=fixed.snapshot_count, snapshots_offset=fixed.snapshots_offset, incompatible=incompatible,
+        compatible=compatible, autoclear=autoclear, refcount_order=order, header_length=length,
+        compression_type=compression, extensions=extensions,
+    )  # fmt: skip
+
+
+def _check_tables(fixed: c.Container, cluster_size: int, where: str) -> None:
+    for what, offset in (
+        ("L1 table", fixed.l1_offset), ("refcount table", fixed.refcount_table_offset),
+        ("snapshot table", fixed.snapshots_offset),
+    ):  # fmt: skip
+        if offset % cluster_size or offset >= 1 << 56:
+            raise ImageError(f"{what} lies at an impossible offset", where=where, expected=f"a multiple of {cluster_size}", found=offset)
+    if fixed.l1_entries * 8 > MAX_L1_BYTES:
+        raise ImageError("L1 table too large", where=where, expected=f"at most {MAX_L1_BYTES // 8} entries", found=fixed.l1_entries)
+    if (fixed.l1_entries and not fixed.l1_offset) or not fixed.refcount_table_offset or not fixed.refcount_table_clusters:
+        raise ImageError("the header names no L1 table or no refcount table", where=where)
+    if fixed.refcount_table_clusters * cluster_size > 8 << 20:
+        raise ImageError("refcount table too large", where=where, expected="at most 8 MiB", found=fixed.refcount_table_clusters * cluster_size)
+    if fixed.size > 1 << 62:
+        raise ImageError("disk size is impossible", where=where, found=fixed.size)
+
+
+def _extensions(data: bytes, at: int, where: str) -> tuple[Extension, ...]:
+    found: list[Extension] = []
+    while at + 8 <= len(data):
+        kind, length = int.from_bytes(data[at : at + 4], "big"), int.from_bytes(data[at + 4 : at + 8], "big")
+        if kind == EXTENSION_END:
+            break
+        if at + 8 + length > len(data):
+            raise ImageError("header extension is too long", where=where, expected=f"at most {len(data) - at - 8}", found=length)
+        found.append(Extension(kind, bytes(data[at + 8 : at + 8 + length])))
+        at += 8 + -(-length // 8) * 8
+    return tuple(found)
+
+
+def journal_extension_of(header: Header) -> bytes | None:
+    """The journal's own data in our extension, None where there is none."""
+    for extension in header.extensions:
+        if extension.type == EXTENSION_JOURNAL and len(extension.data) >= SAVED.sizeof():
+            return extension.data[SAVED.sizeof() :]
+    return None
+
+
+def check_usable(header: Header, *, write: bool, name: str) -> None:
+    """Refuse what is not served, by name, and say what to do instead. Raises ImageError."""
+    bits = header.incompatible
+    if header.crypt_method:
+        raise ImageError(f"{name} is encrypted, which is not served: decrypt it with qemu-img convert")
+    if bits & INCOMPAT_DATA_FILE:
+        raise ImageError(f"{name} keeps its data in an external data file, which is not served: qemu-img convert makes one file of it")
+    if unknown := bits & ~INCOMPAT_KNOWN:
+        names = ", ".join(_feature_name(header, bit) for bit in range(64) if unknown >> bit & 1)
+        raise ImageError(f"{name} uses features that are not known here: {names}; serve it with the program that knows them")
+    if not write:
+        return
+    if header.version < 3:
+        raise ImageError(f"{name} is a version 2 image, which can only be read: qemu-img amend -f qcow2 -o compat=1.1 {name}")
+    if bits & INCOMPAT_CORRUPT:
+        raise ImageError(f"{name} is marked corrupt: mend it with qemu-img check -r all {name}, or serve it with --read-only")
+    if bits & INCOMPAT_DIRTY:
+        raise ImageError(f"{name} is marked dirty, its refcounts may be wrong: qemu-img check -r all {name}")
+    if any(each.type == EXTENSION_BITMAPS for each in header.extensions) and header.autoclear & AUTOCLEAR_BITMAPS:
+        raise ImageError(f"{name} has persistent bitmaps, which writing would outdate: qemu-img bitmap --remove, or serve it with --read-only")
+
+
+def _feature_name(header: Header, bit: int) -> str:
+    for extension in header.extensions:
+        if extension.type == EXTENSION_FEATURE_NAMES:
+            for at in range(0, len(extension.data) - 47, 48):
+                if extension.data[at] == 0 and extension.data[at + 1] == bit:
+                    return extension.data[at + 2 : at + 48].rstrip(b"\0").decode("utf-8", "replace")
+    return f"incompatible bit {bit}"
