@@ -25,6 +25,7 @@ import errno
 import fcntl
 import os
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -83,8 +84,8 @@ def acquire(fd: int, use: LockUse, *, name: str) -> None:
             raise LockedError(_describe(fd, use, name, "all access")) from None
         reason = os.strerror(error.errno or errno.EIO)
         raise ImageError(
-            f"{name}: the file system refuses to lock the image ({reason}), and without a lock two programs could write "
-            f"to it; on NFS, mount it with a lock service (not `nolock`)"
+            f"{name}: the file system refuses to lock the image ({reason}), and without a lock two programs could "
+            f"write to it; on NFS, mount it with a lock service (not `nolock`)"
         ) from None
     if conflict:
         release(fd)
@@ -93,10 +94,9 @@ def acquire(fd: int, use: LockUse, *, name: str) -> None:
 
 def release(fd: int) -> None:
     """Let go of every lock that this open file description holds on the file."""
-    try:
+    # A file system without locks has an error for this as well; nothing is held there.
+    with suppress(OSError):
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
-    except OSError:
-        pass  # a file system without locks; nothing is held
 
 
 def _set(fd: int, byte: int, kind: int) -> None:

@@ -25,6 +25,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Final, Protocol, Self
 
 from .errors import ImageError
@@ -176,7 +177,8 @@ class FileStorage:
     def write_sync(self, offset: int, buffers: Sequence[Buffer]) -> None:
         if self._has_dsync:
             try:
-                return self._pwrite_all(offset, buffers, os.RWF_DSYNC)
+                self._pwrite_all(offset, buffers, os.RWF_DSYNC)
+                return
             except OSError as error:
                 # EOPNOTSUPP: the kernel does not know the flag, nothing was written.
                 if error.errno != errno.EOPNOTSUPP:
@@ -221,10 +223,8 @@ class FileStorage:
                 raise OSError(number, os.strerror(number))
 
     def advise_needed(self, offset: int, length: int) -> None:
-        try:
+        with suppress(OSError):
             os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
-        except OSError:
-            pass
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -243,15 +243,16 @@ class FileStorage:
     def _pwrite_all(self, offset: int, buffers: Sequence[Buffer], flags: int) -> None:
         """pwritev in calls of at most MAX_BUFFERS buffers; a short one goes on where it stopped."""
         for batch, length in _batches(buffers):
-            done = os.pwritev(self._fd, batch, offset, flags)
-            offset += done
-            while done < length:
+            rest, end = batch, offset + length
+            while True:
+                done = os.pwritev(self._fd, rest, offset, flags)
+                offset += done
+                if offset >= end:
+                    break
                 # Never seen; but to go on would be for ever.
                 if done == 0:
                     raise OSError(errno.EIO, "a write of the image wrote nothing")
-                batch, length = _skip(batch, done), length - done
-                done = os.pwritev(self._fd, batch, offset, flags)
-                offset += done
+                rest = _skip(rest, done)
 
     def _fallocate(self, mode: int, offset: int, length: int) -> bool:
         """False where the file system does not have this kind; OSError for everything else."""
