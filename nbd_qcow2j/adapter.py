@@ -24,7 +24,7 @@ import nbdkit
 from .counters import OperationCounters
 from .driver import Device, open_device
 from .errors import Error
-from .lifecycle import SocketFile, Stopper, call_if_start_fails, share_cpu
+from .lifecycle import SocketFile, StartGuard, Stopper, share_cpu
 from .metrics import MetricsServer, start_metrics
 from .options import Options, describe_options, parse_options
 
@@ -108,6 +108,7 @@ _options: Options
 _device: Device | None = None
 _metrics: MetricsServer | None = None
 _socket_file = SocketFile(None)
+_start_guard = StartGuard()
 _stopper = Stopper(nbdkit.shutdown)
 
 
@@ -146,7 +147,7 @@ def get_ready() -> None:
             with _stopper.own_listeners():
                 _metrics = start_metrics(_options.metrics)
         _device = open_device(_options)
-        call_if_start_fails(_close)
+        _start_guard.arm(_close)
     except Exception as error:
         raise _refusal(error) from None
 
@@ -155,6 +156,7 @@ def after_fork() -> None:
     """Start the threads, in the process that stays."""
     global _socket_file
     assert _device is not None
+    _start_guard.disarm()
     try:
         share_cpu(_options.cpu)
         _device.start()

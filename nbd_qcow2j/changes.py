@@ -274,7 +274,9 @@ def _zero_part(disk: Disk, offset: int, end: int, *, trim: bool) -> Operation[No
             end -= end % size
     step = pages_at_once(disk) * size
     while offset < end:
-        stop = min(end, (offset // step + 1) * step, (offset // disk.geometry.cluster_size + 1) * disk.geometry.cluster_size)
+        stop = min(
+            end, (offset // step + 1) * step, (offset // disk.geometry.cluster_size + 1) * disk.geometry.cluster_size
+        )
         cluster = offset // disk.geometry.cluster_size
         while not disk.mapping.in_memory(cluster):
             yield from disk.mapping.load_l2(cluster)
@@ -360,4 +362,3 @@ def refuse_out_of_range(disk: Disk, offset: int, length: int) -> None:
     """Raises RequestError where a request does not lie in the disk."""
     if offset < 0 or length < 0 or offset + length > disk.geometry.size:
         raise RequestError(errno.EINVAL, f"{length} bytes at {offset} lie outside a disk of {disk.geometry.size} bytes")
-

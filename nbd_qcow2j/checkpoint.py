@@ -48,7 +48,9 @@ class _Going:
     writes: list[tuple[int, bytes | bytearray]] = field(default_factory=list)
 
 
-def round_(disk: Disk, *, tight: bool = False, clusters: int = BATCH_CLUSTERS, move_tail: bool = True) -> Operation[bool]:
+def round_(
+    disk: Disk, *, tight: bool = False, clusters: int = BATCH_CLUSTERS, move_tail: bool = True
+) -> Operation[bool]:
     """One round; True when it did anything. Raises DeviceFailed; an ENOSPC of the home writes is no loss: False."""
     log, ring = disk.log, disk.log.ring
     log.check()
@@ -293,6 +295,3 @@ def drain(disk: Disk) -> Operation[None]:
             yield from disk.allocator.release()
         else:
             return
-
-
-

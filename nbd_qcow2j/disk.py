@@ -11,7 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .format.tables import ALL_SUBCLUSTERS, NORMAL, OFFSET_MASK, OFLAG_COPIED, UNALLOCATED, ZERO_ALLOC, ZERO_PLAIN, compressed_extent
+from .format.tables import (
+    ALL_SUBCLUSTERS,
+    NORMAL,
+    OFFSET_MASK,
+    OFLAG_COPIED,
+    UNALLOCATED,
+    ZERO_ALLOC,
+    ZERO_PLAIN,
+    compressed_extent,
+)
 from .geometry import Geometry
 from .image.backing import Extent, Layer
 from .image.compressed import inflate
@@ -45,7 +54,12 @@ class Disk:
     ) -> None:  # fmt: skip
         self.name, self.geometry, self.file, self.background = name, geometry, file, background
         self.mapping, self.cache, self.allocator, self.log = mapping, cache, allocator, log
-        self.backing, self.compression_type, self.settings, self.read_only = backing, compression_type, settings, read_only
+        self.backing, self.compression_type, self.settings, self.read_only = (
+            backing,
+            compression_type,
+            settings,
+            read_only,
+        )
         self.epochs = log.epochs
         self.pending = PendingPages(geometry)
         self.cluster_tokens: set[int] = set()

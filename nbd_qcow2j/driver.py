@@ -18,13 +18,14 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from . import changes, checkpoint
+from .counters import BOUNDS_PAGES, Histogram, Statistics
 from .disk import Disk, Settings
 from .errors import Error, RequestError
 from .image.backing import Extent, open_backing
 from .locks import READER, WRITER
 from .opening import detach, open_disk, read_header
 from .options import Options
-from .steps import Operation, Wait, run_simply
+from .steps import Operation, Sync, Wait, WriteSync, run_simply
 from .storage import FileStorage, Storage
 from .writer import Writer
 
@@ -40,6 +41,7 @@ class Runner:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        self.commits, self.fsyncs = Histogram(), Histogram()
 
     def run(self, operation: Operation[T]) -> T:
         """Run an operation to its end in this thread. Raises what it raises."""
@@ -65,7 +67,13 @@ class Runner:
                     continue
                 lock.release()
                 try:
-                    result = step.perform()
+                    if isinstance(step, Sync | WriteSync):
+                        started = time.perf_counter_ns()
+                        result = step.perform()
+                        seen = self.fsyncs if isinstance(step, Sync) else self.commits
+                        seen.observe(time.perf_counter_ns() - started)
+                    else:
+                        result = step.perform()
                 except OSError as error:
                     failure = error
                 finally:
@@ -92,6 +100,10 @@ class Device:
         self._runner = Runner()
         self._lock = self._runner.lock
         self._writer: Writer | None = None
+        self._commit_pages = Histogram(BOUNDS_PAGES, scale=1)
+        self._checkpoint_seconds = Histogram()
+        self._pending_since: float | None = None
+        disk.log.observe_commit = lambda pages, length: self._commit_pages.observe(pages)
         self._closed = False
 
     # ---- life
@@ -99,7 +111,7 @@ class Device:
     def start(self) -> None:
         """Start the writer: after the fork, a thread started earlier would be lost."""
         if not self.read_only and self._writer is None:
-            self._writer = Writer(self.disk, self._runner.run, self.options)
+            self._writer = Writer(self.disk, self._runner.run, self.options, self._checkpoint_seconds.observe)
             self.disk.log.on_pressure = self._writer.wake_checkpoint
             self._writer.start()
 
@@ -195,6 +207,30 @@ class Device:
         geometry = self.disk.geometry
         return 1, max(4096, min(geometry.cluster_size, 1 << 16)), 32 << 20
 
+    def statistics(self) -> Statistics:
+        """How the device is at this moment."""
+        disk, log = self.disk, self.disk.log
+        with self._lock:
+            state = "read-only" if self.read_only else "failed" if log.failed is not None else "serving"
+            pending = disk.pending.size_bytes
+            since = self._pending_since
+            if not pending:
+                self._pending_since = None
+            elif since is None:
+                self._pending_since = since = time.monotonic()
+            return Statistics(
+                state=state, journal_size_bytes=0 if self.read_only else log.ring.length,
+                journal_used_bytes=log.ring.used, pending_bytes=pending,
+                oldest_pending_seconds=time.monotonic() - since if pending and since is not None else 0.0,
+                commits=log.commits, commit_bytes=log.commit_bytes, commit_seconds=self._runner.commits.snapshot(),
+                commit_pages=self._commit_pages.snapshot(), fsync_seconds=self._runner.fsyncs.snapshot(),
+                checkpoints=disk.checkpoints, checkpoint_clusters=disk.checkpoint_clusters,
+                checkpoint_bytes=disk.checkpoint_bytes, checkpoint_seconds=self._checkpoint_seconds.snapshot(),
+                cow_read_bytes=disk.cow_read_bytes, clusters_allocated=disk.allocator.allocated,
+                clusters_freed=disk.allocator.freed, replayed_transactions=disk.replayed_transactions,
+                pool_clusters=len(disk.allocator.pool),
+            )  # fmt: skip
+
     # ---- inside
 
     def _check_writable(self, offset: int, length: int) -> None:
@@ -264,6 +300,3 @@ def _open_backing_file(path: str) -> Storage:
         file.close()
         raise
     return file
-
-
-

@@ -116,27 +116,41 @@ def _shut_connections(addresses: Collection[tuple[int, object]], how: int) -> No
                 connection.shutdown(how)
 
 
-_libc = ctypes.CDLL(None)
-_at_failure: object = None
+class StartGuard:
+    """Calls a function if the process leaves between `get_ready` and `after_fork`.
 
-
-def call_if_start_fails(function: Callable[[], object]) -> None:
-    """Call `function` when this process leaves with an exit code other than 0.
-
-    nbdkit binds after `get_ready`, and when it cannot, a port being in use, it calls `exit` and none of our
-    callbacks: the journal would stay attached for no reason. The parent of a daemon leaves by `exit` as well,
-    with 0. Limit: needs `on_exit`, which only glibc has; elsewhere the next start finds a journal to replay.
+    nbdkit binds after `get_ready`; when it cannot, a socket file being there or a port in use, it calls `exit` and
+    none of our callbacks, and the journal would stay attached for no reason. So the C library is asked to call
+    us. The parent of a daemon leaves by `exit` as well: the first fork disarms. Limit: other C libraries than
+    glibc have no `__register_atfork`; there the guard does nothing and the next start finds an empty journal.
     """
-    global _at_failure
 
-    def at_exit(code: int, _argument: object) -> None:
-        if code != 0:
-            function()
+    def __init__(self) -> None:
+        self._function: Callable[[], object] | None = None
+        # What glibc calls the shared object that registered: whatever is registered under it goes with it.
+        self._owner = ctypes.create_string_buffer(1)
+        self._libc = ctypes.CDLL(None)
+        self._at_exit = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._call)
+        self._before_fork = ctypes.CFUNCTYPE(None)(self._forget)
 
-    with contextlib.suppress(AttributeError):
-        # Kept for ever: the C library holds no reference.
-        _at_failure = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p)(at_exit)
-        _libc.on_exit(_at_failure, None)
+    def arm(self, function: Callable[[], object]) -> None:
+        """From now on, `exit` calls `function`."""
+        if hasattr(self._libc, "__register_atfork"):
+            self._function = function
+            self._libc["__register_atfork"](self._before_fork, None, None, self._owner)
+            self._libc["__cxa_atexit"](self._at_exit, None, self._owner)
+
+    def disarm(self) -> None:
+        """Nothing is called any more; needed before Python ends, for then there is nothing to call."""
+        self._forget()
+        self._libc["__cxa_finalize"](self._owner)
+
+    def _call(self, _argument: object) -> None:
+        if self._function is not None:
+            self._function()
+
+    def _forget(self) -> None:
+        self._function = None
 
 
 class SocketFile:

@@ -1,12 +1,12 @@
 """From a file to a `Disk` and back: open, attach, replay, detach.
 
-    Crash while attaching, before bit 62: a plain image; the ring was never refcounted, so nothing leaks.
-    Crash after it: an empty journal is replayed.
-    Crash while detaching, before the bit is cleared and synced: an empty journal is replayed. After it: a
-    plain image whose header still holds our extension, which means nothing without the bit.
+Crash while attaching, before bit 62: a plain image; the ring was never refcounted, so nothing leaks.
+Crash after it: an empty journal is replayed.
+Crash while detaching, before the bit is cleared and synced: an empty journal is replayed. After it: a
+plain image whose header still holds our extension, which means nothing without the bit.
 
-    Order: every opening for writing begins with a sync, bit or no bit: a server killed between clearing the
-    bit and its sync leaves a page cache that says *plain* and a disk that says *attached*.
+Order: every opening for writing begins with a sync, bit or no bit: a server killed between clearing the
+bit and its sync leaves a page cache that says *plain* and a disk that says *attached*.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from .checkpoint import drain
+from .disk import Disk, Settings
 from .errors import ImageError
 from .format.header import INCOMPAT_JOURNAL, Header, check_usable, journal_extension_of, parse_header
 from .format.header_rewrite import HeaderPlan, plan_attach, plan_detach
@@ -28,8 +30,6 @@ from .journal.log import Log
 from .journal.replay import ReplayPlan, plan_replay
 from .journal.ring import Ring
 from .journal.transaction import CommittedTransaction
-from .checkpoint import drain
-from .disk import Disk, Settings
 from .pending import Page
 from .steps import FileSize, Operation, Punch, Read, Sync, Truncate, Write, WriteSync
 
@@ -68,7 +68,14 @@ def read_journal(file: Storage, header: Header, *, name: str) -> Operation[Repla
 
 
 def open_disk(
-    file: Storage, background: Storage, *, settings: Settings, read_only: bool, backing: Layer | None, uuid: bytes, name: str
+    file: Storage,
+    background: Storage,
+    *,
+    settings: Settings,
+    read_only: bool,
+    backing: Layer | None,
+    uuid: bytes,
+    name: str,
 ) -> Operation[Disk]:
     """Open an image: replay or attach its journal. Raises ImageError, OSError."""
     if not read_only:
@@ -116,17 +123,19 @@ def _build(
     if header.l1_entries < geometry.l1_entries or l1_bytes > MAX_L1_BYTES:
         raise ImageError("L1 table has an impossible size", where=name, expected=f"at least {geometry.l1_entries} entries", found=header.l1_entries)  # fmt: skip
     if table_bytes > MAX_REFTABLE_BYTES:
-        raise ImageError("refcount table too large", where=name, expected=f"at most {MAX_REFTABLE_BYTES}", found=table_bytes)
+        raise ImageError(
+            "refcount table too large", where=name, expected=f"at most {MAX_REFTABLE_BYTES}", found=table_bytes
+        )
     l1_data = _overlay((yield Read(file, header.l1_offset, l1_bytes)), header.l1_offset, plan)
     l1 = Table(header.l1_offset, table_from_bytes(l1_data))
-    ref_data = _overlay((yield Read(file, header.refcount_table_offset, table_bytes)), header.refcount_table_offset, plan)
+    ref_data = _overlay(
+        (yield Read(file, header.refcount_table_offset, table_bytes)), header.refcount_table_offset, plan
+    )
     reftable = Table(header.refcount_table_offset, table_from_bytes(ref_data))
     ring = Ring(location or Location(0, SLOTS_LENGTH + MIN_RING), geometry, uuid=uuid)
     epochs = Epochs()
     log = Log(file, ring, geometry, epochs)
-    cache = TableCache(
-        file, table_size=geometry.cluster_size, limit_bytes=settings.l2_cache, home=log.home, name=name
-    )
+    cache = TableCache(file, table_size=geometry.cluster_size, limit_bytes=settings.l2_cache, home=log.home, name=name)
     log.on_stale = cache.mark_stale
     bits = geometry.cluster_bits
     size = yield FileSize(file)
@@ -204,12 +213,16 @@ def _stages(file: Storage, plan: HeaderPlan) -> Operation[None]:
         yield Sync(file)
 
 
-def _attach(file: Storage, header: Header, data: bytes, settings: Settings, uuid: bytes, *, name: str) -> Operation[Location]:
+def _attach(
+    file: Storage, header: Header, data: bytes, settings: Settings, uuid: bytes, *, name: str
+) -> Operation[Location]:
     """Put an empty journal behind everything that is used, then say so in the header."""
     geometry = header.geometry
     table_bytes = header.refcount_table_clusters * geometry.cluster_size
     if table_bytes > MAX_REFTABLE_BYTES:
-        raise ImageError("refcount table too large", where=name, expected=f"at most {MAX_REFTABLE_BYTES}", found=table_bytes)
+        raise ImageError(
+            "refcount table too large", where=name, expected=f"at most {MAX_REFTABLE_BYTES}", found=table_bytes
+        )
     reftable = Table(
         header.refcount_table_offset, table_from_bytes((yield Read(file, header.refcount_table_offset, table_bytes)))
     )
@@ -281,4 +294,3 @@ def _tidy(disk: Disk, location: Location) -> Operation[None]:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-

@@ -12,6 +12,7 @@ other tasks waiting. A task that fails latches the device; waiting requests are 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -69,8 +70,12 @@ class _Bell:
 class Writer:
     """The background half of a device. `run` runs an operation in the calling thread (driver.Runner)."""
 
-    def __init__(self, disk: Disk, run: Callable[[Operation[Any]], Any], settings: Settings) -> None:
+    def __init__(
+        self, disk: Disk, run: Callable[[Operation[Any]], Any], settings: Settings, observe: Callable[[int], object]
+    ) -> None:
         self.disk, self.run, self.settings = disk, run, settings
+        self.observe = observe
+        """Told the nanoseconds of each round of the checkpoint."""
         self._commit, self._checkpoint, self._room = _Bell(), _Bell(), _Bell()
         self._started = threading.Event()
         self._stopping = False
@@ -159,16 +164,22 @@ class Writer:
             seen = log.running.number
             while not self._stopping:
                 tight = checkpoint.is_tight(disk)
-                if not (tight or self._full() >= HALF_FULL or idle and (disk.pending.clusters or log.ring.transactions)):
+                if not (
+                    tight or self._full() >= HALF_FULL or (idle and (disk.pending.clusters or log.ring.transactions))
+                ):
                     break
                 before = log.last_number()
                 try:
+                    started = time.perf_counter_ns()
                     done = await self._step(checkpoint.round_(disk, tight=tight))
+                    self.observe(time.perf_counter_ns() - started)
                 except RequestError:
                     done = False
                 if done and not log.running.empty and log.committed < before + 1:
                     # The links of this round are what lets the next one move the tail.
-                    await self._step(log.commit_upto(log.last_number()) if log.may_commit() else checkpoint.round_(disk, tight=True))
+                    await self._step(
+                        log.commit_upto(log.last_number()) if log.may_commit() else checkpoint.round_(disk, tight=True)
+                    )
                 self._room.ring()
                 if not done:
                     await trio.sleep(RETRY_SECONDS if tight else 0.01)

@@ -19,10 +19,9 @@ from stepper import Stepper
 
 from nbd_qcow2j import changes, checkpoint
 from nbd_qcow2j.disk import Disk, Settings
-from nbd_qcow2j.errors import Error
 from nbd_qcow2j.image.backing import Layer
 from nbd_qcow2j.opening import detach, open_disk
-from nbd_qcow2j.steps import Operation, ReadInto, run_simply
+from nbd_qcow2j.steps import Gate, Operation, ReadInto, Wait, run_simply
 
 SECTOR = 512
 FOREVER = 1 << 60
@@ -207,8 +206,6 @@ def background(engine: Engine, rng: Random) -> Operation[None]:
     """What the writer does, in any order, as long as somebody runs it; it never waits for the clock."""
     disk = engine.disk
     assert disk is not None
-    from nbd_qcow2j.steps import Gate, Wait
-
     while True:
         tight = checkpoint.is_tight(disk)
         choice = rng.randrange(4)
@@ -301,6 +298,3 @@ def settle(engine: Engine, operation: Operation[None]) -> None:
     stepper.run(task)
     if task.error is not None:
         raise task.error
-
-
-__all__ = ["Engine", "Error", "Oracle", "Shape"]

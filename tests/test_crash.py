@@ -13,7 +13,18 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from engine import Engine, Oracle, Shape, background, client, engine_wakes, initial_contents, reference_counts, settle, verify
+from engine import (
+    Engine,
+    Oracle,
+    Shape,
+    background,
+    client,
+    engine_wakes,
+    initial_contents,
+    reference_counts,
+    settle,
+    verify,
+)
 from simdisk import SimDisk
 from stepper import Stepper
 

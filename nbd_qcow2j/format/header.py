@@ -29,7 +29,12 @@ INCOMPAT_COMPRESSION: Final = 1 << 3
 INCOMPAT_EXTENDED_L2: Final = 1 << 4
 INCOMPAT_JOURNAL: Final = 1 << JOURNAL_BIT
 INCOMPAT_KNOWN: Final = (
-    INCOMPAT_DIRTY | INCOMPAT_CORRUPT | INCOMPAT_DATA_FILE | INCOMPAT_COMPRESSION | INCOMPAT_EXTENDED_L2 | INCOMPAT_JOURNAL
+    INCOMPAT_DIRTY
+    | INCOMPAT_CORRUPT
+    | INCOMPAT_DATA_FILE
+    | INCOMPAT_COMPRESSION
+    | INCOMPAT_EXTENDED_L2
+    | INCOMPAT_JOURNAL
 )
 AUTOCLEAR_BITMAPS: Final = 1 << 0
 FEATURE_NAME: Final = b"journal (nbd-qcow2j)"
@@ -99,7 +104,9 @@ class Header:
 
     @cached_property
     def geometry(self) -> Geometry:
-        return Geometry(self.cluster_bits, self.refcount_order, self.size, bool(self.incompatible & INCOMPAT_EXTENDED_L2))
+        return Geometry(
+            self.cluster_bits, self.refcount_order, self.size, bool(self.incompatible & INCOMPAT_EXTENDED_L2)
+        )
 
 
 def parse_header(data: bytes, *, file_size: int, name: str) -> Header:
@@ -123,25 +130,35 @@ def parse_header(data: bytes, *, file_size: int, name: str) -> Header:
         incompatible, compatible, autoclear = more.incompatible, more.compatible, more.autoclear
         order, length = more.refcount_order, more.header_length
         if not V3_LENGTH <= length <= min(cluster_size, len(data)):
-            raise ImageError("header length is impossible", where=where, expected=f"104 to {cluster_size}", found=length)
+            raise ImageError(
+                "header length is impossible", where=where, expected=f"104 to {cluster_size}", found=length
+            )
         if length > V3_LENGTH:
             compression = data[V3_LENGTH]
     if order > 6:
         raise ImageError("refcount width is impossible", where=where, expected="an order of 0 to 6", found=order)
     if compression > 1 or bool(incompatible & INCOMPAT_COMPRESSION) != bool(compression):
-        raise ImageError("compression type is not supported", where=where, expected="zlib, or zstd with its bit", found=compression)
+        raise ImageError(
+            "compression type is not supported", where=where, expected="zlib, or zstd with its bit", found=compression
+        )
     _check_tables(fixed, cluster_size, where)
     extended = bool(incompatible & INCOMPAT_EXTENDED_L2)
     if extended and fixed.cluster_bits < 14:
         raise ImageError("clusters too small for extended L2 entries", where=where, expected=16384, found=cluster_size)
     geometry = Geometry(fixed.cluster_bits, order, fixed.size, extended)
     if fixed.l1_entries < geometry.l1_entries:
-        raise ImageError("L1 table too small", where=where, expected=f"{geometry.l1_entries} entries", found=fixed.l1_entries)
+        raise ImageError(
+            "L1 table too small", where=where, expected=f"{geometry.l1_entries} entries", found=fixed.l1_entries
+        )
     end = fixed.backing_offset or cluster_size
     backing_name = None
     if fixed.backing_offset:
         name_end = fixed.backing_offset + fixed.backing_length
-        if fixed.backing_length > MAX_BACKING_NAME or fixed.backing_offset < length or name_end > min(cluster_size, len(data)):
+        if (
+            fixed.backing_length > MAX_BACKING_NAME
+            or fixed.backing_offset < length
+            or name_end > min(cluster_size, len(data))
+        ):
             raise ImageError(
                 "backing file name lies at an impossible place", where=where,
                 expected=f"inside the header cluster, at most {MAX_BACKING_NAME} bytes",
@@ -167,13 +184,29 @@ def _check_tables(fixed: c.Container, cluster_size: int, where: str) -> None:
         ("snapshot table", fixed.snapshots_offset),
     ):  # fmt: skip
         if offset % cluster_size or offset >= 1 << 56:
-            raise ImageError(f"{what} lies at an impossible offset", where=where, expected=f"a multiple of {cluster_size}", found=offset)
+            raise ImageError(
+                f"{what} lies at an impossible offset",
+                where=where,
+                expected=f"a multiple of {cluster_size}",
+                found=offset,
+            )
     if fixed.l1_entries * 8 > MAX_L1_BYTES:
-        raise ImageError("L1 table too large", where=where, expected=f"at most {MAX_L1_BYTES // 8} entries", found=fixed.l1_entries)
-    if (fixed.l1_entries and not fixed.l1_offset) or not fixed.refcount_table_offset or not fixed.refcount_table_clusters:
+        raise ImageError(
+            "L1 table too large", where=where, expected=f"at most {MAX_L1_BYTES // 8} entries", found=fixed.l1_entries
+        )
+    if (
+        (fixed.l1_entries and not fixed.l1_offset)
+        or not fixed.refcount_table_offset
+        or not fixed.refcount_table_clusters
+    ):
         raise ImageError("the header names no L1 table or no refcount table", where=where)
     if fixed.refcount_table_clusters * cluster_size > 8 << 20:
-        raise ImageError("refcount table too large", where=where, expected="at most 8 MiB", found=fixed.refcount_table_clusters * cluster_size)
+        raise ImageError(
+            "refcount table too large",
+            where=where,
+            expected="at most 8 MiB",
+            found=fixed.refcount_table_clusters * cluster_size,
+        )
     if fixed.size > 1 << 62:
         raise ImageError("disk size is impossible", where=where, found=fixed.size)
 
@@ -185,7 +218,9 @@ def _extensions(data: bytes, at: int, where: str) -> tuple[Extension, ...]:
         if kind == EXTENSION_END:
             break
         if at + 8 + length > len(data):
-            raise ImageError("header extension is too long", where=where, expected=f"at most {len(data) - at - 8}", found=length)
+            raise ImageError(
+                "header extension is too long", where=where, expected=f"at most {len(data) - at - 8}", found=length
+            )
         found.append(Extension(kind, bytes(data[at + 8 : at + 8 + length])))
         at += 8 + -(-length // 8) * 8
     return tuple(found)
@@ -205,20 +240,30 @@ def check_usable(header: Header, *, write: bool, name: str) -> None:
     if header.crypt_method:
         raise ImageError(f"{name} is encrypted, which is not served: decrypt it with qemu-img convert")
     if bits & INCOMPAT_DATA_FILE:
-        raise ImageError(f"{name} keeps its data in an external data file, which is not served: qemu-img convert makes one file of it")
+        raise ImageError(
+            f"{name} keeps its data in an external data file, which is not served: qemu-img convert makes one file of it"
+        )
     if unknown := bits & ~INCOMPAT_KNOWN:
         names = ", ".join(_feature_name(header, bit) for bit in range(64) if unknown >> bit & 1)
-        raise ImageError(f"{name} uses features that are not known here: {names}; serve it with the program that knows them")
+        raise ImageError(
+            f"{name} uses features that are not known here: {names}; serve it with the program that knows them"
+        )
     if not write:
         return
     if header.version < 3:
-        raise ImageError(f"{name} is a version 2 image, which can only be read: qemu-img amend -f qcow2 -o compat=1.1 {name}")
+        raise ImageError(
+            f"{name} is a version 2 image, which can only be read: qemu-img amend -f qcow2 -o compat=1.1 {name}"
+        )
     if bits & INCOMPAT_CORRUPT:
-        raise ImageError(f"{name} is marked corrupt: mend it with qemu-img check -r all {name}, or serve it with --read-only")
+        raise ImageError(
+            f"{name} is marked corrupt: mend it with qemu-img check -r all {name}, or serve it with --read-only"
+        )
     if bits & INCOMPAT_DIRTY:
         raise ImageError(f"{name} is marked dirty, its refcounts may be wrong: qemu-img check -r all {name}")
     if any(each.type == EXTENSION_BITMAPS for each in header.extensions) and header.autoclear & AUTOCLEAR_BITMAPS:
-        raise ImageError(f"{name} has persistent bitmaps, which writing would outdate: qemu-img bitmap --remove, or serve it with --read-only")
+        raise ImageError(
+            f"{name} has persistent bitmaps, which writing would outdate: qemu-img bitmap --remove, or serve it with --read-only"
+        )
 
 
 def _feature_name(header: Header, bit: int) -> str:

@@ -19,8 +19,16 @@ from dataclasses import dataclass
 from ..errors import ImageError
 from ..geometry import SECTOR
 from .header import (
-    EXTENSION_FEATURE_NAMES, EXTENSION_JOURNAL, FEATURE_NAME, INCOMPAT_JOURNAL, JOURNAL_BIT, SAVED,
-    V3_LENGTH, Extension, Header, parse_header,
+    EXTENSION_FEATURE_NAMES,
+    EXTENSION_JOURNAL,
+    FEATURE_NAME,
+    INCOMPAT_JOURNAL,
+    JOURNAL_BIT,
+    SAVED,
+    V3_LENGTH,
+    Extension,
+    Header,
+    parse_header,
 )  # fmt: skip
 
 Stage = tuple[tuple[int, bytes], ...]
@@ -170,7 +178,8 @@ def _named(extensions: list[Extension]) -> list[Extension]:
     if not any(each.type == EXTENSION_FEATURE_NAMES for each in extensions):
         return [*extensions, Extension(EXTENSION_FEATURE_NAMES, _OUR_NAME)]
     return [
-        Extension(each.type, each.data + _OUR_NAME) if each.type == EXTENSION_FEATURE_NAMES else each for each in extensions
+        Extension(each.type, each.data + _OUR_NAME) if each.type == EXTENSION_FEATURE_NAMES else each
+        for each in extensions
     ]
 
 
@@ -180,5 +189,3 @@ def _unnamed(extensions: list[Extension]) -> list[Extension]:
         for each in extensions
     ]
     return [each for each in cleaned if each.data or each.type != EXTENSION_FEATURE_NAMES]
-
-

@@ -279,7 +279,9 @@ class Allocator:
         try:
             new_blocks = []
             for number in range(blocks):
-                block = RefcountBlock((first + table_clusters + number) * size, bytearray(size), geometry.refcount_order)
+                block = RefcountBlock(
+                    (first + table_clusters + number) * size, bytearray(size), geometry.refcount_order
+                )
                 base = first + number * per_block
                 for cluster in range(base, min(base + per_block, first + total)):
                     block.set(cluster - base, 1)

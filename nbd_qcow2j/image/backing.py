@@ -219,7 +219,12 @@ def _open(
     if len(chain) > MAX_DEPTH:
         raise ImageError(f"the backing chain is deeper than {MAX_DEPTH} files", where=image_path)
     if header.backing_format not in ("raw", "qcow2"):
-        raise ImageError("format of the backing file is not served", where=image_path, expected="raw or qcow2", found=header.backing_format)
+        raise ImageError(
+            "format of the backing file is not served",
+            where=image_path,
+            expected="raw or qcow2",
+            found=header.backing_format,
+        )
     storage = opener(path)
     try:
         if header.backing_format == "raw":

@@ -11,8 +11,20 @@ from typing import TYPE_CHECKING
 
 from ..errors import ImageError
 from ..format.tables import (
-    ALL_SUBCLUSTERS, COMPRESSED, L1_RESERVED, L2_RESERVED, NORMAL, OFFSET_MASK, OFLAG_COMPRESSED, OFLAG_COPIED, OFLAG_ZERO,
-    UNALLOCATED, ZERO_ALLOC, ZERO_PLAIN, compressed_extent, kind_of,
+    ALL_SUBCLUSTERS,
+    COMPRESSED,
+    L1_RESERVED,
+    L2_RESERVED,
+    NORMAL,
+    OFFSET_MASK,
+    OFLAG_COMPRESSED,
+    OFLAG_COPIED,
+    OFLAG_ZERO,
+    UNALLOCATED,
+    ZERO_ALLOC,
+    ZERO_PLAIN,
+    compressed_extent,
+    kind_of,
 )  # fmt: skip
 from ..geometry import Geometry
 from ..steps import Gate, Operation, Wait, Write
@@ -125,7 +137,9 @@ class Mapping:
 
     # ---- changing
 
-    def own_l2(self, cluster: int, storage: Storage, log: Log, allocator: Allocator, *, token: bool) -> Operation[tuple[Table, bool]]:
+    def own_l2(
+        self, cluster: int, storage: Storage, log: Log, allocator: Allocator, *, token: bool
+    ) -> Operation[tuple[Table, bool]]:
         """The L2 table of a guest cluster, ours alone and pinned; and whether the token was used.
 
         A table that is missing is made, one that a snapshot shares is copied. Raises ImageError, OSError,

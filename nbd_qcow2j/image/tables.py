@@ -9,8 +9,6 @@ but not home is kept, sector by sector, in the log's `home` set, and laid over w
 
 from __future__ import annotations
 
-from __future__ import annotations
-
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable

@@ -213,7 +213,10 @@ class Log:
         return encoded, position, sequence
 
     def _committed(
-        self, transaction: Transaction, sectors: list[tuple[int, bytes]], written: tuple[EncodedTransaction, int, int] | None
+        self,
+        transaction: Transaction,
+        sectors: list[tuple[int, bytes]],
+        written: tuple[EncodedTransaction, int, int] | None,
     ) -> None:
         self.committed = transaction.number
         for table in transaction.sectors.values():

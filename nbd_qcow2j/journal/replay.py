@@ -20,8 +20,18 @@ from dataclasses import dataclass, field
 
 from ..errors import ImageError
 from ..format.journal import (
-    ALIGNMENT, GUEST_DATA, REVOKE_GUEST, REVOKE_HOST, SLOTS_LENGTH, WRITE_DATA, Location, Record, Slot, crc_holds,
-    decode_head, decode_transaction,
+    ALIGNMENT,
+    GUEST_DATA,
+    REVOKE_GUEST,
+    REVOKE_HOST,
+    SLOTS_LENGTH,
+    WRITE_DATA,
+    Location,
+    Record,
+    Slot,
+    crc_holds,
+    decode_head,
+    decode_transaction,
 )  # fmt: skip
 from ..geometry import SECTOR, Geometry
 
@@ -82,7 +92,11 @@ def newest_slot(read: Reader, location: Location, *, name: str) -> Slot:
     slot = max(valid, key=lambda each: each.generation)
     if slot.ring_length != location.ring_length:
         raise ImageError("ring length differs", where=where, expected=location.ring_length, found=slot.ring_length)
-    if slot.tail_position % ALIGNMENT or slot.tail_position >= slot.ring_length or not 1 <= slot.tail_sequence < 1 << 63:
+    if (
+        slot.tail_position % ALIGNMENT
+        or slot.tail_position >= slot.ring_length
+        or not 1 <= slot.tail_sequence < 1 << 63
+    ):
         raise ImageError("tail is impossible", where=where, found=f"{slot.tail_position}, {slot.tail_sequence}")
     return slot
 

@@ -43,7 +43,9 @@ class Ring:
         self.outstanding = 0
         self.transactions: deque[CommittedTransaction] = deque()
         page_cost = geometry.page_size + DESCRIPTOR_LENGTH
-        self.max_transaction = max(self.length // 16, BASE_COST + 2 * page_cost, BASE_COST + 2 * HOME_SECTORS * SECTOR_COST)
+        self.max_transaction = max(
+            self.length // 16, BASE_COST + 2 * page_cost, BASE_COST + 2 * HOME_SECTORS * SECTOR_COST
+        )
         pages = max(1, (self.max_transaction - BASE_COST) // page_cost)
         self.home_cost = HOME_SECTORS * SECTOR_COST + DESCRIPTOR_LENGTH
         slack = 8 * SECTOR_COST

@@ -1,0 +1,74 @@
+"""`nbd-qcow2j info IMAGE`: what an image is, and what its journal holds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from typing import Any
+
+from ..options import format_size
+from ._open import looked_into
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `info` to the command line."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "info", help="show what an image is", description="Show an image's header and its journal. Changes nothing."
+    )
+    parser.add_argument("image", metavar="IMAGE")
+    parser.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print it. Raises ImageError."""
+    with looked_into(arguments.image) as (file, header, plan):
+        facts: dict[str, Any] = {
+            "filename": arguments.image,
+            "format": "qcow2",
+            "version": header.version,
+            "virtual-size": header.size,
+            "file-size": file.size(),
+            "actual-size": os.stat(arguments.image).st_blocks * 512,
+            "cluster-size": header.geometry.cluster_size,
+            "refcount-bits": header.geometry.refcount_bits,
+            "extended-l2": header.geometry.extended_l2,
+            "compression-type": ("zlib", "zstd")[header.compression_type],
+            "snapshots": header.snapshot_count,
+            "backing-filename": os.fsdecode(header.backing_name) if header.backing_name else None,
+            "backing-format": header.backing_format,
+            "journal": None,
+        }
+        if plan is not None:
+            facts["journal"] = {
+                "attached": True,
+                "offset": plan.location.offset,
+                "size": plan.location.ring_length,
+                "used": len(plan.log),
+                "transactions": len(plan.transactions),
+                "metadata-sectors": len(plan.sectors),
+                "pending-pages": len(plan.pages),
+                "uuid": plan.slot.uuid.hex(),
+            }
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    for key, value in facts.items():
+        if key == "journal":
+            if value is None:
+                print("journal: none; this is a plain qcow2 file")
+            else:
+                print(
+                    f"journal: attached, {value['transactions']} transactions in {format_size(value['used'])} of "
+                    f"{format_size(value['size'])}; served now, or not closed cleanly (nbd-qcow2j recover)"
+                )
+        elif value is not None:
+            text = (
+                f"{format_size(value)} ({value} bytes)"
+                if key.endswith("-size")
+                else str(value).lower()
+                if isinstance(value, bool)
+                else value
+            )
+            print(f"{key}: {text}")
+    return 0
