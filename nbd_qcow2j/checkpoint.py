@@ -217,8 +217,7 @@ def _write_home(disk: Disk, going: list[_Going], home: dict[int, tuple[bytes, in
         disk.checkpoint_bytes += len(data)
     if buffers:
         steps.append(Write(disk.background, start, buffers))
-    for step in steps:
-        yield step
+    yield from steps
 
 
 def _link(disk: Disk, going: _Going) -> None:

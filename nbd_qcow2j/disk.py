@@ -50,7 +50,8 @@ class Disk:
 
     def __init__(
         self, *, name: str, geometry: Geometry, file: Storage, background: Storage, mapping: Mapping, cache: TableCache,
-        allocator: Allocator, log: Log, backing: Layer | None, compression_type: int, settings: Settings, read_only: bool,
+        allocator: Allocator, log: Log, backing: Layer | None, compression_type: int, settings: Settings,
+        read_only: bool,
     ) -> None:  # fmt: skip
         self.name, self.geometry, self.file, self.background = name, geometry, file, background
         self.mapping, self.cache, self.allocator, self.log = mapping, cache, allocator, log

@@ -91,8 +91,18 @@ def open_disk(
         location = yield from _attach(file, header, data, settings, uuid, name=name)
         data = bytes((yield Read(file, 0, HEADER_READ)))
     disk = yield from _build(
-        file, background, header, data, plan, location, settings, read_only, backing, plan.slot.uuid if plan else uuid, name=name
-    )  # fmt: skip
+        file,
+        background,
+        header,
+        data,
+        plan=plan,
+        location=location,
+        settings=settings,
+        read_only=read_only,
+        backing=backing,
+        uuid=plan.slot.uuid if plan else uuid,
+        name=name,
+    )
     if plan is not None and not read_only:
         # What a killed server left in the page cache looks committed and may never have reached the disk, and a
         # sync that failed before the kill will not fail again: the accepted log is written again, byte for byte.
@@ -114,14 +124,24 @@ def _overlay(data: bytearray, offset: int, plan: ReplayPlan | None) -> bytearray
 
 
 def _build(
-    file: Storage, background: Storage, header: Header, data: bytes, plan: ReplayPlan | None, location: Location | None,
-    settings: Settings, read_only: bool, backing: Layer | None, uuid: bytes, *, name: str,
-) -> Operation[Disk]:  # fmt: skip
+    file: Storage,
+    background: Storage,
+    header: Header,
+    data: bytes,
+    *,
+    plan: ReplayPlan | None,
+    location: Location | None,
+    settings: Settings,
+    read_only: bool,
+    backing: Layer | None,
+    uuid: bytes,
+    name: str,
+) -> Operation[Disk]:
     geometry = header.geometry
     l1_bytes = -(-header.l1_entries * 8 // SECTOR) * SECTOR
     table_bytes = header.refcount_table_clusters * geometry.cluster_size
     if header.l1_entries < geometry.l1_entries or l1_bytes > MAX_L1_BYTES:
-        raise ImageError("L1 table has an impossible size", where=name, expected=f"at least {geometry.l1_entries} entries", found=header.l1_entries)  # fmt: skip
+        raise ImageError("L1 table too small or too large", where=name, found=header.l1_entries)
     if table_bytes > MAX_REFTABLE_BYTES:
         raise ImageError(
             "refcount table too large", where=name, expected=f"at most {MAX_REFTABLE_BYTES}", found=table_bytes
@@ -190,7 +210,7 @@ def _last_used(file: Storage, header: Header, reftable: Table, plan: ReplayPlan 
         if not offset:
             continue
         if offset % geometry.cluster_size:
-            raise ImageError("refcount block lies at an impossible offset", where=f"{name}, entry {index}", expected=f"a multiple of {geometry.cluster_size}", found=offset)  # fmt: skip
+            raise ImageError("refcount block is not aligned", where=f"{name}, entry {index}", found=offset)
         data = _overlay((yield Read(file, offset, geometry.cluster_size)), offset, plan)
         stripped = len(data.rstrip(b"\0"))
         if stripped:

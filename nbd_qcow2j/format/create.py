@@ -13,8 +13,16 @@ from .header import (
     MAX_L1_BYTES,
 )  # fmt: skip
 
-_FEATURES = ((0, 0, b"dirty bit"), (0, 1, b"corrupt bit"), (0, 2, b"external data file"), (0, 3, b"compression type"),
-             (0, 4, b"extended L2 entries"), (1, 0, b"lazy refcounts"), (2, 0, b"bitmaps"), (2, 1, b"raw external data"))  # fmt: skip
+_FEATURES = (
+    (0, 0, b"dirty bit"),
+    (0, 1, b"corrupt bit"),
+    (0, 2, b"external data file"),
+    (0, 3, b"compression type"),
+    (0, 4, b"extended L2 entries"),
+    (1, 0, b"lazy refcounts"),
+    (2, 0, b"bitmaps"),
+    (2, 1, b"raw external data"),
+)
 
 
 def new_image(
@@ -39,7 +47,8 @@ def new_image(
     blocks = table_clusters = 1
     while True:
         total = 1 + table_clusters + blocks + l1_clusters
-        wanted = -(-total // per_block), -(-(-(-total // per_block)) * 8 // cluster_size)
+        wanted_blocks = -(-total // per_block)
+        wanted = wanted_blocks, -(-wanted_blocks * 8 // cluster_size)
         if wanted == (blocks, table_clusters):
             break
         blocks, table_clusters = max(blocks, wanted[0]), max(table_clusters, wanted[1])
@@ -48,7 +57,19 @@ def new_image(
         (1 + table_clusters) * cluster_size,
         (1 + table_clusters + blocks) * cluster_size,
     )
-    writes = [(0, _header(geometry, table, table_clusters, l1, backing_name, backing_format))]
+    writes = [
+        (
+            0,
+            _header(
+                geometry,
+                table=table,
+                table_clusters=table_clusters,
+                l1=l1,
+                backing_name=backing_name,
+                backing_format=backing_format,
+            ),
+        )
+    ]
     writes.append((table, b"".join((first_block + each * cluster_size).to_bytes(8, "big") for each in range(blocks))))
     width = refcount_bits
     ones = int("".join("1".zfill(width)), 2)
@@ -64,7 +85,13 @@ def new_image(
 
 
 def _header(
-    geometry: Geometry, table: int, table_clusters: int, l1: int, backing_name: bytes | None, backing_format: str | None
+    geometry: Geometry,
+    *,
+    table: int,
+    table_clusters: int,
+    l1: int,
+    backing_name: bytes | None,
+    backing_format: str | None,
 ) -> bytes:
     extensions: list[tuple[int, bytes]] = []
     if backing_format is not None:

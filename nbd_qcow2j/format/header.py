@@ -241,7 +241,7 @@ def check_usable(header: Header, *, write: bool, name: str) -> None:
         raise ImageError(f"{name} is encrypted, which is not served: decrypt it with qemu-img convert")
     if bits & INCOMPAT_DATA_FILE:
         raise ImageError(
-            f"{name} keeps its data in an external data file, which is not served: qemu-img convert makes one file of it"
+            f"{name} keeps its data in an external data file, not served: qemu-img convert makes one file of it"
         )
     if unknown := bits & ~INCOMPAT_KNOWN:
         names = ", ".join(_feature_name(header, bit) for bit in range(64) if unknown >> bit & 1)
@@ -262,7 +262,7 @@ def check_usable(header: Header, *, write: bool, name: str) -> None:
         raise ImageError(f"{name} is marked dirty, its refcounts may be wrong: qemu-img check -r all {name}")
     if any(each.type == EXTENSION_BITMAPS for each in header.extensions) and header.autoclear & AUTOCLEAR_BITMAPS:
         raise ImageError(
-            f"{name} has persistent bitmaps, which writing would outdate: qemu-img bitmap --remove, or serve it with --read-only"
+            f"{name} has persistent bitmaps, which writing would outdate: qemu-img bitmap --remove, or --read-only"
         )
 
 

@@ -64,10 +64,8 @@ def plan_attach(cluster: bytes, journal: bytes) -> HeaderPlan:
     cluster_size = 1 << header.cluster_bits
     for extensions in ([*_named(others), ours], [*others, ours]):
         area = _build(extensions)
-        if cluster_size == SECTOR:
-            place = header.header_length
-        else:
-            place = -(-max(SECTOR, _end_of(header)) // SECTOR) * SECTOR
+        behind = -(-max(SECTOR, _end_of(header)) // SECTOR) * SECTOR
+        place = header.header_length if cluster_size == SECTOR else behind
         if place + len(area) + len(name) <= min(cluster_size, len(cluster)):
             break
     else:

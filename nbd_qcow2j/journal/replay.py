@@ -141,9 +141,10 @@ def _check_ranges(records: list[Record], location: Location, geometry: Geometry,
 
 def _refuse_lost_end(log: memoryview, slot: Slot, end: int, sequence: int, *, name: str) -> None:
     """An end that is not an ordinary torn commit is damage."""
+    place = f"{name}, ring offset {(end + slot.tail_position) % len(log)}"
     if sequence - 1 < slot.last_committed:
         raise ImageError(
-            "the journal has lost committed transactions", where=f"{name}, ring offset {(end + slot.tail_position) % len(log)}",
+            "the journal has lost committed transactions", where=place,
             expected=f"transactions up to {slot.last_committed}", found=f"up to {sequence - 1}",
         )  # fmt: skip
     for at in range(0, len(log), ALIGNMENT):
@@ -154,7 +155,7 @@ def _refuse_lost_end(log: memoryview, slot: Slot, end: int, sequence: int, *, na
         doubled = memoryview(bytes(log[at:]) + bytes(log[:at]))[: head.length]
         if len(doubled) == head.length and crc_holds(head, doubled):
             raise ImageError(
-                "the journal has a hole", where=f"{name}, ring offset {(end + slot.tail_position) % len(log)}",
+                "the journal has a hole", where=place,
                 expected=f"transaction {sequence}", found=f"nothing valid, but transaction {head.sequence} further on",
             )  # fmt: skip
 
