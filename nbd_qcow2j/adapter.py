@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import atexit
 import errno
+import os
 import sys
+import threading
+import time
 import traceback
 from time import perf_counter_ns
 from typing import Any, NoReturn
@@ -109,7 +112,7 @@ _device: Device | None = None
 _metrics: MetricsServer | None = None
 _socket_file = SocketFile(None)
 _start_guard = StartGuard()
-_stopper = Stopper(nbdkit.shutdown)
+_closing = threading.Lock()
 
 
 def dump_plugin() -> None:
@@ -180,16 +183,35 @@ def cleanup() -> None:
 
 
 def _close() -> None:
+    """Close the device, once; returns when it is closed, whoever began."""
     global _device, _metrics
-    device, _device = _device, None
-    metrics, _metrics = _metrics, None
-    _socket_file.remove()
+    with _closing:
+        device, _device = _device, None
+        metrics, _metrics = _metrics, None
+        _socket_file.remove()
+        try:
+            if device is not None:
+                device.close()
+        finally:
+            if metrics is not None:
+                metrics.close()
+
+
+def _leave() -> None:
+    """End without nbdkit, which waits for a client that does not read its replies."""
+    while sum(in_flight().values()):
+        time.sleep(0.01)
+    code = 0
     try:
-        if device is not None:
-            device.close()
-    finally:
-        if metrics is not None:
-            metrics.close()
+        _close()
+    except Exception as error:
+        print(f"nbd-qcow2j: {_explain(error)}", file=sys.stderr, flush=True)
+        code = 1
+    # Not `sys.exit`: this is not the main thread, and that one does not come back.
+    os._exit(code)
+
+
+_stopper = Stopper(shutdown=nbdkit.shutdown, leave=_leave)
 
 
 # ---- Connections ------------------------------------------------------------------------------------
@@ -361,4 +383,30 @@ def extents(device: Device, count: int, offset: int, flags: int) -> list[tuple[i
     except BaseException as error:
         _fail(_BLOCK_STATUS, error)
     _BLOCK_STATUS.observe(count, perf_counter_ns() - started)
+    return found
+
+
+_NAMES = {
+    pread.__code__: "read",
+    pwrite.__code__: "write",
+    flush.__code__: "flush",
+    trim.__code__: "trim",
+    zero.__code__: "write_zeroes",
+    cache.__code__: "cache",
+    extents.__code__: "block_status",
+}
+
+
+def in_flight() -> dict[str, int]:
+    """Requests that are being answered now, by operation.
+
+    Looked up in the threads' stacks when somebody asks: counting would cost every request.
+    """
+    found = dict.fromkeys(OPERATIONS, 0)
+    for frame in sys._current_frames().values():
+        outermost = frame
+        while outermost.f_back is not None:
+            outermost = outermost.f_back
+        if outermost.f_code in _NAMES:
+            found[_NAMES[outermost.f_code]] += 1
     return found

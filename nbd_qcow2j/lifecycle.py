@@ -1,16 +1,18 @@
 """How the server runs and ends: its CPU, its signals, its clients' connections, its socket file.
 
-**Stopping.** On a signal nbdkit stops accepting, and then waits until each client has sent another request
-or has gone: an idle `/dev/nbd0` would keep it, and the journal attached, for ever. So the signal comes to us:
+**Stopping.** On a signal nbdkit stops accepting, and each of its threads ends after one more request: an idle
+`/dev/nbd0` would keep it, and the journal attached, for ever. So the signal comes to us:
 
 1. `set_wakeup_fd` makes Python's C-level handler write to a socket pair, in whatever thread the signal
    arrived. The Python-level handler does nothing, and could do nothing: it would run on the main thread, which
    sits in nbdkit's accept loop.
 2. A thread reads the other end and asks for `nbdkit.shutdown()`, which ends the accept loop.
-3. It then shuts the reading side of every accepted connection. A thread of nbdkit that waits for a request
-   sees the end of the stream; one that is at work still sends its reply.
-4. Replies to a client that does not read them could wait for ever as well. After a second of grace
-   (`GRACE_SECONDS`) the connections are shut both ways.
+3. It shuts the reading side of every accepted connection on which nothing is under way: threads that wait for a
+   request see the end of the stream, those at work still answer. A busy connection winds down by itself.
+   Order: never in the middle of a request. nbdkit 1.32.4 and 1.32.5 call `abort` when a connection fails while
+   several of their threads have replies to send to it (their assertion `sock >= 0`; mended in 1.34).
+4. A thread that sends to a client which does not read waits for ever, and cannot be woken for the same reason.
+   So if nbdkit has not ended after `GRACE_SECONDS`, `leave` is called, which closes the device and the process.
 
 nbdkit then calls `cleanup`, which drains and detaches.
 
@@ -31,7 +33,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 
 GRACE_SECONDS = 1.0
-# How often a connection that was accepted while we stopped is looked for.
+# How long nothing may have arrived on a connection for it to be idle: between two looks.
 SWEEP_SECONDS = 0.05
 
 # Threads that share the interpreter lock gain nothing from a second core and lose much by the lock's travels
@@ -89,16 +91,6 @@ def _is_listening(connection: socket.socket) -> bool:
     return bool(connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
-def listening_addresses(but_not: Collection[int]) -> frozenset[tuple[int, object]]:
-    """The addresses this process listens on, those of the inodes `but_not` left out."""
-    found = set()
-    for candidate in _sockets():
-        with contextlib.suppress(OSError):
-            if _is_listening(candidate) and os.fstat(candidate.fileno()).st_ino not in but_not:
-                found.add(_local_address(candidate))
-    return frozenset(address for address in found if address is not None)
-
-
 def _listening_inodes() -> frozenset[int]:
     found = set()
     for candidate in _sockets():
@@ -108,12 +100,31 @@ def _listening_inodes() -> frozenset[int]:
     return frozenset(found)
 
 
-def _shut_connections(addresses: Collection[tuple[int, object]], how: int) -> None:
+def shut_idle(addresses: Collection[tuple[int, object]], empty_before: Collection[int]) -> frozenset[int]:
+    """Shut the reading side of each connection that has nothing to read, and had nothing at the last look.
+
+    Returns the inodes of those that have nothing now, for the next look.
+    """
+    empty = set()
     for connection in _sockets():
         # A client that has just gone is not an error.
         with contextlib.suppress(OSError):
-            if not _is_listening(connection) and _local_address(connection) in addresses:
-                connection.shutdown(how)
+            if _is_listening(connection) or _local_address(connection) not in addresses:
+                continue
+            inode = os.fstat(connection.fileno()).st_ino
+            if _has_input(connection):
+                continue
+            empty.add(inode)
+            if inode in empty_before:
+                connection.shutdown(socket.SHUT_RD)
+    return frozenset(empty)
+
+
+def _has_input(connection: socket.socket) -> bool:
+    try:
+        return bool(connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except BlockingIOError:
+        return False
 
 
 class StartGuard:
@@ -182,12 +193,12 @@ class Stopper:
     """Ends the server on SIGTERM and SIGINT.
 
     `own_listeners()` surrounds what listens for us; `watch()` is called on the main thread, after the fork: a
-    thread started earlier is lost when nbdkit daemonises. `shutdown` asks nbdkit to end; the socket file is removed
-    as soon as nobody can connect any more.
+    thread started earlier is lost when nbdkit daemonises. `shutdown` asks nbdkit to end, `leave` ends the process
+    when nbdkit cannot; the socket file is removed as soon as nobody can connect any more.
     """
 
-    def __init__(self, shutdown: Callable[[], object]) -> None:
-        self._shutdown = shutdown
+    def __init__(self, *, shutdown: Callable[[], object], leave: Callable[[], object]) -> None:
+        self._shutdown, self._leave = shutdown, leave
         self._not_nbd: frozenset[int] = frozenset()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -201,13 +212,21 @@ class Stopper:
         yield
         self._not_nbd |= _listening_inodes() - before
 
+    def nbd_addresses(self) -> frozenset[tuple[int, object]]:
+        """What clients connect to."""
+        found = set()
+        for candidate in _sockets():
+            with contextlib.suppress(OSError):
+                if _is_listening(candidate) and os.fstat(candidate.fileno()).st_ino not in self._not_nbd:
+                    found.add(_local_address(candidate))
+        return frozenset(address for address in found if address is not None)
+
     def watch(self, socket_file: SocketFile) -> None:
         """Take over the signals, and start the thread that waits for one."""
         receive, self._wake = socket.socketpair()
         self._wake.setblocking(False)
-        addresses = listening_addresses(self._not_nbd)
         self._thread = threading.Thread(
-            target=self._run, args=(receive, addresses, socket_file), name="stopper", daemon=True
+            target=self._run, args=(receive, self.nbd_addresses(), socket_file), name="stopper", daemon=True
         )
         self._thread.start()
         # Order: the descriptor before the handlers, so that no signal is lost between them.
@@ -222,12 +241,12 @@ class Stopper:
             return
         self._shutdown()
         socket_file.remove()
+        empty: frozenset[int] = frozenset()
         for _ in range(round(GRACE_SECONDS / SWEEP_SECONDS)):
-            _shut_connections(addresses, socket.SHUT_RD)
+            empty = shut_idle(addresses, empty)
             if self._ended.wait(SWEEP_SECONDS):
                 return
-        while not self._ended.wait(SWEEP_SECONDS):
-            _shut_connections(addresses, socket.SHUT_RDWR)
+        self._leave()
 
     def ended(self) -> None:
         """The connections are gone: stop looking for them. The signals stay taken, and do nothing from now on."""
