@@ -63,6 +63,21 @@ def busy_client(server: Server) -> Iterator[None]:
 
 
 @contextmanager
+def deep_client(server: Server) -> Iterator[None]:
+    """Keeps 16 requests of 64 KiB under way: some are half received when the signal comes."""
+    words = ["fio", "--name=deep", "--ioengine=nbd", f"--uri={server.uri}", "--rw=randrw", "--bs=64k", "--iodepth=16"]
+    words += ["--time_based", "--runtime=60", "--size=16m"]
+    handle = server.connect()
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            poll(lambda: handle.pread(16 << 20, 0) != bytes(16 << 20), what="fio's first write")
+            yield
+            assert process.wait(10) != 0, "the client's connection went away under it"
+        finally:
+            process.kill()
+
+
+@contextmanager
 def deaf_client(server: Server) -> Iterator[None]:
     """Has asked for 64 MiB and reads none of it: the server's threads wait in `send`."""
     with socket.socket(socket.AF_UNIX) as client:
@@ -91,7 +106,7 @@ def assert_plain(image: Path) -> None:
 
 @pytest.mark.parametrize("how", SIGNALS, ids=lambda how: how.name)
 @pytest.mark.parametrize("daemonize", [False, True], ids=["foreground", "daemon"])
-@pytest.mark.parametrize("client", [no_client, idle_client, busy_client, deaf_client])
+@pytest.mark.parametrize("client", [no_client, idle_client, busy_client, deep_client, deaf_client])
 def test_a_signal_ends_the_server_and_detaches(
     serve: Callable[..., Server], image: Path, client: Callable, daemonize: bool, how: signal.Signals
 ) -> None:
@@ -108,7 +123,7 @@ def test_a_signal_ends_the_server_and_detaches(
 def test_many_clients_of_every_kind_do_not_hold_the_server(serve: Callable[..., Server], image: Path) -> None:
     server = serve(image)
     with ExitStack() as stack:
-        for client in (idle_client, busy_client, idle_client, deaf_client, busy_client):
+        for client in (idle_client, busy_client, idle_client, deaf_client, deep_client):
             stack.enter_context(client(server))
         began = time.monotonic()
         server.stop()
@@ -208,9 +223,7 @@ def test_the_socket_file_of_another_server_stays(short_path: Path) -> None:
         assert not path.exists()
 
 
-def test_the_server_ends_when_nbdkit_wants_it_without_a_signal(
-    image: Path, short_path: Path, tmp_path: Path
-) -> None:
+def test_the_server_ends_when_nbdkit_wants_it_without_a_signal(image: Path, short_path: Path, tmp_path: Path) -> None:
     # `--run`: nbdkit ends by itself when the command has ended; then `cleanup` is all that is called.
     path = short_path / "nbd.sock"
     command = f"qemu-io -f raw -c 'write -P 7 0 64k' -c flush '{f'nbd+unix:///?socket={path}'}'"

@@ -1,0 +1,503 @@
+"""The ways in: `nbd-qcow2j serve`, plain nbdkit, what a client is promised, and how refusals look.
+
+Everything goes through real programs and sockets. That a refusal is one clear line is part of each test: a
+traceback, or a second line that says less, is a failure.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PLUGIN, PROGRAM, Server, answers, free_port, is_attached, poll, run
+
+from nbd_qcow2j.options import OPTIONS
+
+CLUSTER = 1 << 16
+
+
+def refused(*words: object, **options: Any) -> str:
+    """What a command that must fail says: one line, without a traceback."""
+    done = run(*words, check=False, timeout=30, **options)
+    assert done.returncode == 1, (done.returncode, done.stdout, done.stderr)
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    return done.stderr.rstrip("\n")
+
+
+# ---- What a client is promised ----------------------------------------------------------------------
+
+
+def nbdinfo(server: Server) -> dict[str, Any]:
+    export: dict[str, Any] = json.loads(run("nbdinfo", "--json", "--no-content", server.uri).stdout)["exports"][0]
+    return export
+
+
+def test_every_flag_that_nbdkit_offers_is_set(server: Server) -> None:
+    export = nbdinfo(server)
+    assert export["export-size"] == 64 << 20
+    for flag in ("flush", "fua", "multi_conn", "trim", "zero", "fast_zero", "cache", "df"):
+        assert export[f"can_{flag}"] is True, flag
+    assert export["is_read_only"] is False
+    assert export["is_rotational"] is False
+    assert export["contexts"] == ["base:allocation"]
+    assert export["block_size_minimum"] == 1
+    assert export["block_size_preferred"] in range(4096, CLUSTER + 1)
+    assert export["block_size_maximum"] >= 1 << 20
+
+
+def test_fua_and_cache_are_native_not_emulated(serve: Callable[..., Server], image: Path) -> None:
+    # nbdkit emulates FUA by a flush of everything, and cache by a read: its debug log says which it does.
+    import nbd  # noqa: PLC0415
+
+    server = serve(image, "--", "-v")
+    handle = server.connect()
+    before = len(server.log)
+    handle.pwrite(b"x" * 4096, 0, nbd.CMD_FLAG_FUA)
+    handle.cache(4096, 4096)
+    requests = server.log[before:]
+    assert "python: pwrite count=4096 offset=0 fua=1" in requests
+    assert "python: cache count=4096 offset=4096" in requests
+    assert "python: flush" not in requests
+    assert "python: pread" not in requests
+
+
+def test_the_one_export_is_listed_and_described_without_a_path(server: Server, image: Path) -> None:
+    exports = json.loads(run("nbdinfo", "--json", "--list", server.uri).stdout)["exports"]
+    assert [export["export-name"] for export in exports] == [""]
+    assert "qcow2" in exports[0]["description"]
+    assert "/" not in exports[0]["description"]
+    assert image.name not in json.dumps(exports)
+
+
+def test_what_one_connection_has_flushed_another_reads(server: Server) -> None:
+    one, other = server.connect(), server.connect()
+    assert one.can_multi_conn()
+    one.pwrite(b"\x11" * 5000, 1000)
+    other.pwrite(b"\x22" * 100, 3000)
+    one.flush()
+    expected = b"\x11" * 2000 + b"\x22" * 100 + b"\x11" * 2900
+    assert other.pread(5000, 1000) == expected
+    assert one.pread(5000, 1000) == expected
+
+
+def test_many_requests_at_once_answer_the_right_ones(server: Server) -> None:
+    # 64 writes, then 64 reads, all under way together: each reply must carry its own data.
+    import nbd  # noqa: PLC0415
+
+    handle = server.connect()
+    pieces = [bytes([number]) * 4096 for number in range(64)]
+    for number, piece in enumerate(pieces):
+        handle.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(piece)), 8192 * number)
+    while handle.aio_in_flight():
+        handle.poll(-1)
+    buffers = [nbd.Buffer(4096) for _ in pieces]
+    for number, buffer in enumerate(buffers):
+        handle.aio_pread(buffer, 8192 * number)
+    while handle.aio_in_flight():
+        handle.poll(-1)
+    assert [bytes(buffer.to_bytearray()) for buffer in buffers] == pieces
+
+
+def test_extents_tell_data_from_zeros_and_holes(server: Server) -> None:
+    handle = server.connect("base:allocation")
+    handle.pwrite(b"x" * CLUSTER, CLUSTER)
+    handle.zero(CLUSTER, 4 * CLUSTER)
+    handle.flush()
+    found: list[tuple[int, int]] = []
+
+    def note(context: str, offset: int, entries: list[int], error: Any) -> int:
+        found.extend(zip(entries[::2], entries[1::2], strict=True))
+        return 0
+
+    handle.block_status(64 << 20, 0, note)
+    flat = [flags for length, flags in found for _ in range(length // CLUSTER)]
+    assert len(flat) == 1024
+    assert flat[0] & 2, "never written: zero"
+    assert flat[1] == 0, "data"
+    assert all(flags & 2 for flags in flat[2:]), "zeros"
+
+
+def test_a_write_to_a_read_only_server_is_refused_by_flag_and_errno(serve: Callable[..., Server], image: Path) -> None:
+    import nbd  # noqa: PLC0415
+
+    server = serve(image, "--read-only")
+    assert not is_attached(image)
+    assert nbdinfo(server)["is_read_only"] is True
+    handle = server.connect()
+    handle.set_strict_mode(0)
+    with pytest.raises(nbd.Error) as caught:
+        handle.pwrite(b"x" * 512, 0)
+    assert caught.value.errnum == errno.EPERM
+    assert handle.pread(512, 0) == bytes(512)
+
+
+# ---- Errors: what a client is told, what the log says ------------------------------------------------
+
+FAILING = """
+import errno, importlib.util, os
+from nbd_qcow2j.errors import DeviceFailed, RequestError
+spec = importlib.util.spec_from_file_location("plugin", {plugin!r})
+plugin = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(plugin)
+
+class Failing:
+    size, read_only, description = 1 << 20, False, "failing"
+    start = close = lambda self: None
+    def block_sizes(self):
+        return 1, 4096, 1 << 25
+    def write_zeroes(self, offset, length, **how):
+        raise RequestError(errno.ENOTSUP if how["fast"] else errno.ENOSPC, "no")
+    def read_into(self, buffer, offset):
+        match offset >> 12:
+            case 0: raise RequestError(errno.ENOSPC, "the reason for ENOSPC at /secret/path")
+            case 1: raise OSError(errno.EROFS, "Read-only file system", "/secret/path")
+            case 2: raise DeviceFailed("latched: /secret/path")
+            case 3: raise KeyError("/secret/path")
+            case 4: raise MemoryError
+            case 5: raise OSError(errno.EBADF, "Bad file descriptor")
+            case 6: raise RequestError(errno.ENOTSUP, "not supported")
+            case 7: raise OSError(errno.EDQUOT, "Disk quota exceeded")
+            case 8: raise RequestError(errno.EINVAL, "no")
+        buffer[:] = bytes(len(buffer))
+
+plugin.adapter.open_device = lambda options: Failing()
+globals().update({{name: value for name, value in vars(plugin).items() if not name.startswith("__")}})
+"""
+
+
+def test_each_error_has_its_errno_and_the_reason_stays_in_the_log(tmp_path: Path, short_path: Path) -> None:
+    # A device that fails in every way at once, behind the real adapter, nbdkit and libnbd.
+    import nbd  # noqa: PLC0415
+
+    script, path, log = tmp_path / "failing.py", short_path / "nbd.sock", tmp_path / "log"
+    site = next(Path(sys.prefix, "lib").glob("python*/site-packages"))
+    start = f"import sys; sys.path[:0] = [{str(PLUGIN.parent)!r}, {str(site)!r}]\n"
+    script.write_text(start + FAILING.format(plugin=str(PLUGIN)))
+    words = ["nbdkit", "-f", "-U", str(path), "python", str(script), "file=/dev/null"]
+    with log.open("wb") as out, subprocess.Popen(words, stdout=out, stderr=out) as process:
+        try:
+            poll(lambda: answers(path), what="the server answers")
+            handle = nbd.NBD()
+            handle.connect_unix(str(path))
+            expected = [
+                errno.ENOSPC, errno.EPERM, errno.EIO, errno.EIO, errno.ENOMEM,
+                errno.EIO, errno.EINVAL, errno.ENOSPC, errno.EINVAL,
+            ]  # fmt: skip
+            # ENOTSUP is for fast zeroes only; nbdkit makes it EINVAL elsewhere, as the protocol wants.
+            for flags, code in ((nbd.CMD_FLAG_FAST_ZERO, errno.ENOTSUP), (0, errno.ENOSPC)):
+                with pytest.raises(nbd.Error) as caught:
+                    handle.zero(4096, 0, flags)
+                assert caught.value.errnum == code
+            for number, code in enumerate(expected):
+                with pytest.raises(nbd.Error) as caught:
+                    handle.pread(512, number << 12)
+                assert caught.value.errnum == code, (number, errno.errorcode[caught.value.errnum])
+                assert "secret" not in caught.value.string
+            assert handle.pread(512, 9 << 12) == bytes(512), "the connection lives on"
+        finally:
+            process.terminate()
+    lines = log.read_text().splitlines()
+    assert "Traceback" not in log.read_text()
+    assert len([line for line in lines if "pread: error:" in line]) == len(expected)
+    assert any(line.endswith("pread: error: the reason for ENOSPC at /secret/path") for line in lines)
+    assert any("internal error: KeyError" in line for line in lines)
+
+
+# ---- Options and images that are refused ------------------------------------------------------------
+
+
+def test_plain_nbdkit_refuses_an_unknown_key_by_name(image: Path, short_path: Path) -> None:
+    path = short_path / "s"
+    said = refused("nbdkit", "-f", "-U", path, "python", PLUGIN, f"file={image}", "jurnal-size=1M")
+    assert "unknown option jurnal-size: did you mean journal-size?" in said
+    said = refused("nbdkit", "-f", "-U", path, "python", PLUGIN, f"file={image}", "commit_interval=0")
+    assert "option commit-interval: expected 0.05 s to 60 s, found '0'" in said
+    assert "name the image as file=PATH" in refused("nbdkit", "-f", "-U", path, "python", PLUGIN, "discard=off")
+    assert not is_attached(image)
+
+
+def test_serve_refuses_an_option_before_nbdkit_is_there(image: Path, short_path: Path) -> None:
+    said = refused(PROGRAM, "serve", image, "--socket", short_path / "s", "--journal-size", "3")
+    assert said == "nbd-qcow2j: option journal-size: expected 256K to 1G, found '3'"
+    done = run(PROGRAM, "serve", image, "--socket", short_path / "s", "--jurnal-size", "1M", check=False)
+    assert done.returncode == 2
+    assert "--jurnal-size" in done.stderr
+    said = refused(PROGRAM, "serve", image, "--port", "70000")
+    assert said == "nbd-qcow2j: option port: expected 1 to 65535, found 70000"
+
+
+def test_the_help_and_dump_plugin_list_every_key_with_its_default() -> None:
+    dumped = run("nbdkit", "--dump-plugin", "python", PLUGIN).stdout
+    helped = " ".join(run(PROGRAM, "serve", "--help", env={**os.environ, "COLUMNS": "200"}).stdout.split())
+    for key in OPTIONS:
+        assert f"={key}=" in dumped
+        if key not in ("file", "remove-socket"):
+            assert f"--{key}" in helped
+    for text in ("default 32M, 256K to 1G", "default 1 s, 0.05 s to 60 s"):
+        assert text in dumped
+        assert text in helped
+
+
+@pytest.fixture
+def not_images(tmp_path: Path, image: Path) -> dict[str, Path]:
+    """Files that cannot be served, by what must be said about them."""
+    text = tmp_path / "text"
+    text.write_text("hello" * 100)
+    short = tmp_path / "short"
+    short.write_bytes(image.read_bytes()[:50])
+    future = tmp_path / "future"
+    future.write_bytes(image.read_bytes()[:72] + b"\x20" + image.read_bytes()[73:])
+    return {
+        "No such file or directory": tmp_path / "missing",
+        "is not a file": tmp_path,
+        "qcow2": text,
+        "short": short,
+        "feature": future,
+        "is not a file ": Path("/dev/null"),
+    }
+
+
+@pytest.mark.parametrize(
+    "expected", ["No such file or directory", "is not a file", "qcow2", "short", "feature", "is not a file "]
+)
+def test_a_bad_image_is_one_clear_line(not_images: dict[str, Path], short_path: Path, expected: str) -> None:
+    bad = not_images[expected]
+    for said in (
+        refused(PROGRAM, "serve", bad, "--socket", short_path / "s"),
+        refused("nbdkit", "-f", "-U", short_path / "s", "python", PLUGIN, f"file={bad}"),
+    ):
+        assert str(bad) in said
+    assert expected.strip() in refused(PROGRAM, "serve", bad, "--socket", short_path / "s")
+    assert not (short_path / "s").exists()
+
+
+# ---- Paths, daemons, sockets ------------------------------------------------------------------------
+
+
+def test_relative_paths_mean_the_directory_of_the_command_also_for_a_daemon(image: Path, short_path: Path) -> None:
+    # A daemon changes its directory to `/` before it opens the image again for the checkpoint.
+    pid_file = image.with_name("pid")
+    words = ("nbdkit", "-U", short_path / "s", "-P", pid_file, "python", os.path.relpath(PLUGIN, image.parent))
+    run(*words, f"file={image.name}", cwd=image.parent, timeout=30)
+    pid = int(poll(lambda: pid_file.exists() and pid_file.read_text().strip(), what="a process id"))
+    try:
+        poll(lambda: answers(short_path / "s"), what="the daemon answers")
+        assert os.readlink(f"/proc/{pid}/cwd") == "/"
+        assert is_attached(image)
+    finally:
+        os.kill(pid, signal.SIGTERM)
+    poll(lambda: not is_attached(image), what="the daemon detaches")
+
+
+def test_serve_takes_relative_paths(image: Path, short_path: Path) -> None:
+    with (image.parent / "log").open("wb") as log:
+        words = [str(PROGRAM), "serve", image.name, "--socket", os.path.relpath(short_path / "s", image.parent)]
+        with subprocess.Popen(words, cwd=image.parent, stdout=log, stderr=log) as process:
+            try:
+                poll(lambda: answers(short_path / "s"), what="the server answers")
+            finally:
+                process.terminate()
+    assert process.returncode == 0
+
+
+def test_serve_becomes_nbdkit_so_that_signals_and_pid_files_mean_the_server(
+    serve: Callable[..., Server], image: Path
+) -> None:
+    server = serve(image)
+    # The process that was started, not a child of it.
+    assert Path(f"/proc/{server.process.pid}/comm").read_text() == "nbdkit\n"
+
+
+def test_a_daemon_is_named_by_its_pid_file_and_leaves_no_socket(serve: Callable[..., Server], image: Path) -> None:
+    server = serve(image, daemonize=True)
+    assert Path(f"/proc/{server.pid}/comm").read_text() == "nbdkit\n"
+    assert server.connect().get_size() == 64 << 20
+    server.stop()
+    assert not server.path.exists()
+    assert not is_attached(image)
+
+
+def test_a_socket_that_a_killed_server_left_is_taken_over(serve: Callable[..., Server], image: Path) -> None:
+    server = serve(image)
+    server.kill()
+    assert server.path.is_socket(), "or this test would prove nothing"
+    again = serve(image, socket=server.path)
+    assert again.connect().get_size() == 64 << 20
+    again.stop()
+    assert not server.path.exists()
+
+
+def test_a_socket_on_which_somebody_answers_is_refused(
+    serve: Callable[..., Server], image: Path, make_image: Callable[..., Path]
+) -> None:
+    server = serve(image)
+    other = make_image(name="other.qcow2")
+    said = refused(PROGRAM, "serve", other, "--socket", server.path)
+    assert said == f"nbd-qcow2j: option socket: {server.path} is in use: a server answers there"
+    assert answers(server.path)
+    assert not is_attached(other)
+
+
+def test_a_socket_whose_server_is_too_busy_to_accept_is_refused(image: Path, short_path: Path) -> None:
+    path = short_path / "s"
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as waiting:
+        listener.bind(str(path))
+        listener.listen(0)
+        waiting.connect(str(path))
+        assert "is in use" in refused(PROGRAM, "serve", image, "--socket", path)
+
+
+def test_what_is_no_socket_is_not_removed(image: Path, short_path: Path) -> None:
+    path = short_path / "letter"
+    path.write_text("dear")
+    assert refused(PROGRAM, "serve", image, "--socket", path).endswith(f"{path} exists and is not a socket")
+    assert path.read_text() == "dear"
+    said = refused(PROGRAM, "serve", image, "--socket", short_path / "no" / "s")
+    assert said.endswith(f"the directory of {short_path / 'no' / 's'} does not exist")
+    assert "at most 107 bytes" in refused(PROGRAM, "serve", image, "--socket", short_path / ("s" * 100))
+
+
+def test_an_image_that_is_served_is_not_served_twice(
+    serve: Callable[..., Server], image: Path, short_path: Path
+) -> None:
+    serve(image)
+    said = refused("nbdkit", "-f", "-U", short_path / "two", "python", PLUGIN, f"file={image}")
+    assert str(image) in said
+    assert not (short_path / "two").exists()
+
+
+def test_nbdkit_that_cannot_listen_leaves_a_plain_image(image: Path, short_path: Path) -> None:
+    # nbdkit binds after the image was opened and attached, and leaves by `exit` when it cannot.
+    path = short_path / "s"
+    path.write_text("in the way")
+    for foreground in (["-f"], []):
+        done = run("nbdkit", *foreground, "-U", path, "python", PLUGIN, f"file={image}", check=False, timeout=30)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        assert not is_attached(image)
+    run("qemu-img", "check", "-q", image)
+
+
+# ---- TCP and metrics --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def serve_tcp(tmp_path: Path) -> Any:
+    """serve_tcp(IMAGE, port, *options): (process, log) of a server that listens on a TCP port."""
+    processes = []
+
+    def start(image: Path, port: int, *options: str) -> tuple[subprocess.Popen[bytes], Path]:
+        log = tmp_path / "tcp.log"
+        with log.open("wb") as out:
+            words = [str(PROGRAM), "serve", str(image), "--port", str(port), *options]
+            process = subprocess.Popen(words, stdout=out, stderr=out)
+        processes.append(process)
+        poll(lambda: process.poll() is not None or _reaches("127.0.0.1", port), what="the server listens")
+        return process, log
+
+    yield start
+    for process in processes:
+        process.terminate()
+        assert process.wait(10) == 0
+
+
+def _reaches(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(5)
+        return probe.connect_ex((host, port)) == 0
+
+
+def test_a_tcp_port_is_loopback_unless_told_otherwise(serve_tcp: Any, image: Path) -> None:
+    port = free_port()
+    _, log = serve_tcp(image, port)
+    listening = Path("/proc/net/tcp").read_text()
+    assert f" 0100007F:{port:04X} 00000000:0000 0A" in listening
+    assert f" 00000000:{port:04X} " not in listening
+    assert "warning" not in log.read_text()
+    assert f"nbd://127.0.0.1:{port}" in log.read_text()
+
+
+@pytest.mark.parametrize("tls", ["off", "on", "require"])
+def test_a_tcp_port_for_everybody_warns_unless_tls_is_required(
+    serve_tcp: Any, image: Path, tmp_path: Path, tls: str
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"alice:{'42' * 32}\n")
+    options = ["--", f"--tls={tls}", *([f"--tls-psk={keys}"] if tls != "off" else [])]
+    _, log = serve_tcp(image, free_port(), "--address", "0.0.0.0", *options)
+    assert ("NBD has no passwords" in log.read_text()) is (tls != "require")
+
+
+def test_a_port_in_use_is_one_clear_line_and_the_image_stays_plain(image: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        said = refused(PROGRAM, "serve", image, "--port", port)
+        assert said == f"nbd-qcow2j: option port: cannot listen on 127.0.0.1 port {port}: Address already in use"
+        said = refused(PROGRAM, "serve", image, "--port", free_port(), "--metrics", f"127.0.0.1:{port}")
+        assert said == f"nbd-qcow2j: option metrics: cannot listen on 127.0.0.1 port {port}: Address already in use"
+        said = refused("nbdkit", "-f", "-U", image.with_name("s"), "python", PLUGIN, f"file={image}", f"metrics={port}")
+        assert f"metrics: cannot listen on 127.0.0.1 port {port}: Address already in use" in said
+    assert not is_attached(image)
+
+
+def test_nothing_listens_for_metrics_unless_asked(server: Server) -> None:
+    inodes = {os.readlink(path) for path in Path(f"/proc/{server.pid}/fd").iterdir()}
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:] + Path("/proc/net/tcp6").read_text().splitlines()[1:]
+    assert not {f"socket:[{line.split()[9]}]" for line in lines} & inodes
+
+
+# ---- What is passed on, and how fast it starts -------------------------------------------------------
+
+
+def test_options_after_the_dashes_go_to_nbdkit_and_its_filters(
+    serve: Callable[..., Server], image: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "requests"
+    server = serve(image, "--", "--filter", "log", f"logfile={log}", "-D", "nbdkit.backend.datapath=0", "-t", "1")
+    server.connect().pread(512, 4096)
+    assert "Read" in log.read_text()
+    words = Path(f"/proc/{server.pid}/cmdline").read_text().split("\0")
+    assert words.index("nbdkit.backend.datapath=0") < words.index("python") < words.index(f"logfile={log}")
+
+
+def test_a_client_that_vanishes_with_replies_due_does_not_end_a_server_of_one_thread(
+    serve: Callable[..., Server], image: Path
+) -> None:
+    # nbdkit 1.32.4 and 1.32.5 abort when this happens to several threads of a connection; README, limits.
+    server = serve(image, "--", "-t", "1")
+    script = textwrap.dedent("""
+        import os, sys, nbd
+        handle = nbd.NBD()
+        handle.connect_unix(sys.argv[1])
+        for number in range(16):
+            handle.aio_pread(nbd.Buffer(1 << 20), number << 20)
+        print("sent", flush=True)
+        os.kill(os.getpid(), 9)
+    """)
+    for _ in range(5):
+        assert run(sys.executable, "-c", script, server.path, check=False).stdout == "sent\n"
+    assert server.connect().pread(512, 0) == bytes(512)
+
+
+def test_an_empty_image_answers_within_a_second(serve: Callable[..., Server], make_image: Callable[..., Path]) -> None:
+    image = make_image(size="1T")
+    best = 99.0
+    for _ in range(3):
+        began = time.monotonic()
+        server = serve(image)
+        server.connect().pread(4096, 1 << 39)
+        best = min(best, time.monotonic() - began)
+        server.stop()
+    assert best < 1.0
