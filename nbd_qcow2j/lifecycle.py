@@ -203,6 +203,7 @@ class Stopper:
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._wake: socket.socket | None = None
+        self._receive: socket.socket | None = None
 
     @contextlib.contextmanager
     def own_listeners(self) -> Iterator[None]:
@@ -223,10 +224,11 @@ class Stopper:
 
     def watch(self, socket_file: SocketFile) -> None:
         """Take over the signals, and start the thread that waits for one."""
-        receive, self._wake = socket.socketpair()
+        # Both ends stay open to the last: Python complains of a signal that it cannot write down.
+        self._receive, self._wake = socket.socketpair()
         self._wake.setblocking(False)
         self._thread = threading.Thread(
-            target=self._run, args=(receive, self.nbd_addresses(), socket_file), name="stopper", daemon=True
+            target=self._run, args=(self._receive, self.nbd_addresses(), socket_file), name="stopper", daemon=True
         )
         self._thread.start()
         # Order: the descriptor before the handlers, so that no signal is lost between them.
@@ -235,8 +237,7 @@ class Stopper:
             signal.signal(number, _nothing)
 
     def _run(self, receive: socket.socket, addresses: Collection[tuple[int, object]], socket_file: SocketFile) -> None:
-        with receive:
-            receive.recv(1)
+        receive.recv(1)
         if self._ended.is_set():
             return
         self._shutdown()
@@ -249,8 +250,12 @@ class Stopper:
         self._leave()
 
     def ended(self) -> None:
-        """The connections are gone: stop looking for them. The signals stay taken, and do nothing from now on."""
+        """The connections are gone: stop looking for them. On the main thread."""
         self._ended.set()
+        # Ignored, not handled: Python gives what it handles back to the system when it ends, and then a third
+        # Ctrl-C would still kill the process, and a supervisor see a failure.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         if self._wake is not None:
             with contextlib.suppress(OSError):
                 self._wake.send(b"\0")
