@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from .changes import Prepared
 from .format.tables import OFFSET_MASK
 from .pending import Page
-from .steps import Operation, Step, Sync, Write, WriteSync
+from .steps import Operation, Step, Sync, Wait, Write, WriteSync
 
 if TYPE_CHECKING:
     from .disk import Disk
@@ -263,6 +263,19 @@ def _move_tail(disk: Disk, count: int, home: dict[int, tuple[bytes, int]]) -> Op
         raise _Synchronous(*error.args) from error
     ring.move_tail(count, slot.generation)
     log.room_gate.open()
+
+
+def settle(disk: Disk) -> Operation[None]:
+    """Commit what a round has linked, if that can be done now.
+
+    Never waits for ring room: only the checkpoint makes room, and it is the checkpoint that calls this.
+    """
+    log = disk.log
+    if log.committing is not None:
+        yield Wait(log.commit_gate)
+    log.check()
+    if log.committing is None and not log.running.empty and log.may_commit():
+        yield from log.commit()
 
 
 def is_tight(disk: Disk) -> bool:

@@ -168,18 +168,15 @@ class Writer:
                     tight or self._full() >= HALF_FULL or (idle and (disk.pending.clusters or log.ring.transactions))
                 ):
                     break
-                before = log.last_number()
                 try:
                     started = time.perf_counter_ns()
                     done = await self._step(checkpoint.round_(disk, tight=tight))
                     self.observe(time.perf_counter_ns() - started)
                 except RequestError:
                     done = False
-                if done and not log.running.empty and log.committed < before + 1:
+                if done:
                     # The links of this round are what lets the next one move the tail.
-                    await self._step(
-                        log.commit_upto(log.last_number()) if log.may_commit() else checkpoint.round_(disk, tight=True)
-                    )
+                    await self._step(checkpoint.settle(disk))
                 self._room.ring()
                 if not done:
                     await trio.sleep(RETRY_SECONDS if tight else 0.01)
