@@ -1,0 +1,197 @@
+"""What a client is promised, by flags and by what it then gets; which errno it is told, and what stays in the log.
+
+Through nbdkit, libnbd and nbdinfo, over a real socket.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PLUGIN, Server, answers, is_attached, poll, run
+
+CLUSTER = 1 << 16
+
+# ---- What a client is promised ----------------------------------------------------------------------
+
+
+def nbdinfo(server: Server) -> dict[str, Any]:
+    export: dict[str, Any] = json.loads(run("nbdinfo", "--json", "--no-content", server.uri).stdout)["exports"][0]
+    return export
+
+
+def test_every_flag_that_nbdkit_offers_is_set(server: Server) -> None:
+    export = nbdinfo(server)
+    assert export["export-size"] == 64 << 20
+    for flag in ("flush", "fua", "multi_conn", "trim", "zero", "fast_zero", "cache", "df"):
+        assert export[f"can_{flag}"] is True, flag
+    assert export["is_read_only"] is False
+    assert export["is_rotational"] is False
+    assert export["contexts"] == ["base:allocation"]
+    assert export["block_size_minimum"] == 1
+    assert export["block_size_preferred"] in range(4096, CLUSTER + 1)
+    assert export["block_size_maximum"] >= 1 << 20
+
+
+def test_fua_and_cache_are_native_not_emulated(serve: Callable[..., Server], image: Path) -> None:
+    # nbdkit emulates FUA by a flush of everything, and cache by a read: its debug log says which it does.
+    import nbd  # noqa: PLC0415
+
+    server = serve(image, "--", "-v")
+    handle = server.connect()
+    before = len(server.log)
+    handle.pwrite(b"x" * 4096, 0, nbd.CMD_FLAG_FUA)
+    handle.cache(4096, 4096)
+    requests = server.log[before:]
+    assert "python: pwrite count=4096 offset=0 fua=1" in requests
+    assert "python: cache count=4096 offset=4096" in requests
+    assert "python: flush" not in requests
+    assert "python: pread" not in requests
+
+
+def test_the_one_export_is_listed_and_described_without_a_path(server: Server, image: Path) -> None:
+    exports = json.loads(run("nbdinfo", "--json", "--list", server.uri).stdout)["exports"]
+    assert [export["export-name"] for export in exports] == [""]
+    assert "qcow2" in exports[0]["description"]
+    assert "/" not in exports[0]["description"]
+    assert image.name not in json.dumps(exports)
+
+
+def test_what_one_connection_has_flushed_another_reads(server: Server) -> None:
+    one, other = server.connect(), server.connect()
+    assert one.can_multi_conn()
+    one.pwrite(b"\x11" * 5000, 1000)
+    other.pwrite(b"\x22" * 100, 3000)
+    one.flush()
+    expected = b"\x11" * 2000 + b"\x22" * 100 + b"\x11" * 2900
+    assert other.pread(5000, 1000) == expected
+    assert one.pread(5000, 1000) == expected
+
+
+def test_many_requests_at_once_answer_the_right_ones(server: Server) -> None:
+    # 64 writes, then 64 reads, all under way together: each reply must carry its own data.
+    import nbd  # noqa: PLC0415
+
+    handle = server.connect()
+    pieces = [bytes([number]) * 4096 for number in range(64)]
+    for number, piece in enumerate(pieces):
+        handle.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(piece)), 8192 * number)
+    while handle.aio_in_flight():
+        handle.poll(-1)
+    buffers = [nbd.Buffer(4096) for _ in pieces]
+    for number, buffer in enumerate(buffers):
+        handle.aio_pread(buffer, 8192 * number)
+    while handle.aio_in_flight():
+        handle.poll(-1)
+    assert [bytes(buffer.to_bytearray()) for buffer in buffers] == pieces
+
+
+def test_extents_tell_data_from_zeros_and_holes(server: Server) -> None:
+    handle = server.connect("base:allocation")
+    handle.pwrite(b"x" * CLUSTER, CLUSTER)
+    handle.zero(CLUSTER, 4 * CLUSTER)
+    handle.flush()
+    found: list[tuple[int, int]] = []
+
+    def note(context: str, offset: int, entries: list[int], error: Any) -> int:
+        found.extend(zip(entries[::2], entries[1::2], strict=True))
+        return 0
+
+    handle.block_status(64 << 20, 0, note)
+    flat = [flags for length, flags in found for _ in range(length // CLUSTER)]
+    assert len(flat) == 1024
+    assert flat[0] & 2, "never written: zero"
+    assert flat[1] == 0, "data"
+    assert all(flags & 2 for flags in flat[2:]), "zeros"
+
+
+def test_a_write_to_a_read_only_server_is_refused_by_flag_and_errno(serve: Callable[..., Server], image: Path) -> None:
+    import nbd  # noqa: PLC0415
+
+    server = serve(image, "--read-only")
+    assert not is_attached(image)
+    assert nbdinfo(server)["is_read_only"] is True
+    handle = server.connect()
+    handle.set_strict_mode(0)
+    with pytest.raises(nbd.Error) as caught:
+        handle.pwrite(b"x" * 512, 0)
+    assert caught.value.errnum == errno.EPERM
+    assert handle.pread(512, 0) == bytes(512)
+
+
+# ---- Errors: what a client is told, what the log says ------------------------------------------------
+
+FAILING = """
+import errno, importlib.util, os
+from nbd_qcow2j.errors import DeviceFailed, RequestError
+spec = importlib.util.spec_from_file_location("plugin", {plugin!r})
+plugin = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(plugin)
+
+class Failing:
+    size, read_only, description = 1 << 20, False, "failing"
+    start = close = lambda self: None
+    def block_sizes(self):
+        return 1, 4096, 1 << 25
+    def write_zeroes(self, offset, length, **how):
+        raise RequestError(errno.ENOTSUP if how["fast"] else errno.ENOSPC, "no")
+    def read_into(self, buffer, offset):
+        match offset >> 12:
+            case 0: raise RequestError(errno.ENOSPC, "the reason for ENOSPC at /secret/path")
+            case 1: raise OSError(errno.EROFS, "Read-only file system", "/secret/path")
+            case 2: raise DeviceFailed("latched: /secret/path")
+            case 3: raise KeyError("/secret/path")
+            case 4: raise MemoryError
+            case 5: raise OSError(errno.EBADF, "Bad file descriptor")
+            case 6: raise RequestError(errno.ENOTSUP, "not supported")
+            case 7: raise OSError(errno.EDQUOT, "Disk quota exceeded")
+            case 8: raise RequestError(errno.EINVAL, "no")
+        buffer[:] = bytes(len(buffer))
+
+plugin.adapter.open_device = lambda options: Failing()
+globals().update({{name: value for name, value in vars(plugin).items() if not name.startswith("__")}})
+"""
+
+
+def test_each_error_has_its_errno_and_the_reason_stays_in_the_log(tmp_path: Path, short_path: Path) -> None:
+    # A device that fails in every way at once, behind the real adapter, nbdkit and libnbd.
+    import nbd  # noqa: PLC0415
+
+    script, path, log = tmp_path / "failing.py", short_path / "nbd.sock", tmp_path / "log"
+    site = next(Path(sys.prefix, "lib").glob("python*/site-packages"))
+    start = f"import sys; sys.path[:0] = [{str(PLUGIN.parent)!r}, {str(site)!r}]\n"
+    script.write_text(start + FAILING.format(plugin=str(PLUGIN)))
+    words = ["nbdkit", "-f", "-U", str(path), "python", str(script), "file=/dev/null"]
+    with log.open("wb") as out, subprocess.Popen(words, stdout=out, stderr=out) as process:
+        try:
+            poll(lambda: answers(path), what="the server answers")
+            handle = nbd.NBD()
+            handle.connect_unix(str(path))
+            expected = [
+                errno.ENOSPC, errno.EPERM, errno.EIO, errno.EIO, errno.ENOMEM,
+                errno.EIO, errno.EINVAL, errno.ENOSPC, errno.EINVAL,
+            ]  # fmt: skip
+            # ENOTSUP is for fast zeroes only; nbdkit makes it EINVAL elsewhere, as the protocol wants.
+            for flags, code in ((nbd.CMD_FLAG_FAST_ZERO, errno.ENOTSUP), (0, errno.ENOSPC)):
+                with pytest.raises(nbd.Error) as caught:
+                    handle.zero(4096, 0, flags)
+                assert caught.value.errnum == code
+            for number, code in enumerate(expected):
+                with pytest.raises(nbd.Error) as caught:
+                    handle.pread(512, number << 12)
+                assert caught.value.errnum == code, (number, errno.errorcode[caught.value.errnum])
+                assert "secret" not in caught.value.string
+            assert handle.pread(512, 9 << 12) == bytes(512), "the connection lives on"
+        finally:
+            process.terminate()
+    lines = log.read_text().splitlines()
+    assert "Traceback" not in log.read_text()
+    assert len([line for line in lines if "pread: error:" in line]) == len(expected)
+    assert any(line.endswith("pread: error: the reason for ENOSPC at /secret/path") for line in lines)
+    assert any("internal error: KeyError" in line for line in lines)
