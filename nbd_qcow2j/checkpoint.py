@@ -90,7 +90,11 @@ def round_(
         yield from _write_home(disk, going, home)
         if going or home:
             mark = log.data_counter
-            yield Sync(disk.background)
+            try:
+                yield Sync(disk.background)
+            except OSError as error:
+                # Whatever its errno, a failed sync is a lost write: it is never tried again and believed.
+                raise _Synchronous(*error.args) from error
             log.synced_mark = max(log.synced_mark, mark)
         log.check()
         for each in going:
