@@ -92,7 +92,6 @@ def flush(which: str) -> Callable[[dict[str, Any]], float]:
 EMPTY = Image(16 << 30)
 FILLED = Image(SMALL, filled=SMALL)
 BACKED = Image(SMALL, backing=SMALL)
-WRITES = "writes/s"
 
 
 def writes(wanted: float, name: str = "writes") -> Figure:
@@ -126,7 +125,8 @@ WORKLOADS = [
              [Figure("writes", "MiB/s", bandwidth("write"), 1.2)]),
     Workload("sequential writes, 1 MiB, empty", EMPTY, "--rw=write --bs=1m --iodepth=4",
              [Figure("writes", "MiB/s", bandwidth("write"), 1.2)]),
-    Workload("mixed 70/30, depth 8, flush every 64", FILLED, "--rw=randrw --rwmixread=70 --bs=4k --iodepth=8 --fsync=64",
+    Workload("mixed 70/30, depth 8, flush every 64", FILLED,
+             "--rw=randrw --rwmixread=70 --bs=4k --iodepth=8 --fsync=64",
              [Figure("reads", "1/s", rate("read"), 1.5), writes(1.5)]),
     Workload("trim, 64 KiB", FILLED, "--rw=trim --bs=64k --iodepth=4 --time_based=0",
              [Figure("trims", "1/s", rate("trim"), 1.0)]),
@@ -241,7 +241,8 @@ def measure(workload: Workload, name: str, images: Images, seconds: float, memor
         if "--size=" not in options:
             words.append(f"--size={min(workload.image.size, 16 << 30)}")
         output = run(*words)
-    job: dict[str, Any] = json.loads(output[output.index("{") :])["jobs"][0]
+    # fio's nbd engine says something before and sometimes after its JSON.
+    job: dict[str, Any] = json.JSONDecoder().raw_decode(output[output.index("{") :])[0]["jobs"][0]
     return job
 
 
@@ -251,12 +252,14 @@ def measure(workload: Workload, name: str, images: Images, seconds: float, memor
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="deploy/bench", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="the workloads that take seconds, 3 rounds of 4 s each")
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="workloads whose name has NAME in it")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="workloads with NAME in their name")
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds of each server (default 5, 3 with --quick)")
     parser.add_argument("--seconds", type=float, metavar="S", help="seconds of each round (default 10, 4 with --quick)")
     parser.add_argument("--json", metavar="FILE", help="write all figures of all rounds there")
-    parser.add_argument("--directory", metavar="DIR", default=TOP / ".cache" / "bench", type=Path,
-                        help="where the images lie: a directory on the disk to be measured (default .cache/bench)")  # fmt: skip
+    parser.add_argument(
+        "--directory", metavar="DIR", default=TOP / ".cache" / "bench", type=Path,
+        help="where the images lie: a directory on the disk to be measured (default .cache/bench)",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the workloads")
     return parser.parse_args()
 
@@ -293,9 +296,8 @@ def main() -> int:
                 results.append(show(workload, figure, answers))
     print(f"{'peak memory, MiB':50} {memory[US]:12.0f} {memory[THEM]:12.0f}")
     if options.json:
-        Path(options.json).write_text(
-            json.dumps({"rounds": rounds, "seconds": seconds, "memory_mib": memory, "figures": results}, indent=1) + "\n"
-        )
+        answer = {"rounds": rounds, "seconds": seconds, "memory_mib": memory, "figures": results}
+        Path(options.json).write_text(json.dumps(answer, indent=1) + "\n")
     return 0
 
 

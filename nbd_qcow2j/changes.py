@@ -12,18 +12,22 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from .disk import MAX_OWN_HOMES
 from .errors import Error, RequestError
 from .format.tables import OFFSET_MASK
 from .journal.transaction import BASE_COST, REVOKE_COST, SECTOR_COST
-from .steps import Operation, Write
+from .steps import Buffer, Operation, Write
 
 if TYPE_CHECKING:
     from .disk import Disk
     from .image.tables import Table
 
 
-def write(disk: Disk, data: bytes, offset: int) -> Operation[None]:
-    """Write `data` at guest offset `offset`: whole clusters directly if they are many, the rest as pages."""
+def write(disk: Disk, data: Buffer, offset: int) -> Operation[None]:
+    """Write `data` at guest offset `offset`.
+
+    Whole clusters go directly if they are many; the rest in place, where that can be, or as pending pages.
+    """
     view = memoryview(data)
     end = offset + len(view)
     size = disk.geometry.cluster_size
@@ -39,8 +43,12 @@ def write(disk: Disk, data: bytes, offset: int) -> Operation[None]:
             yield from write_direct(disk, at // size, view[at - offset : at - offset + length])
         else:
             stop = min(boundary if direct else end, (at // chunk + 1) * chunk)
+            inside = min(stop, (at // size + 1) * size)
+            if (yield from write_in_place(disk, at, view[at - offset : inside - offset])):
+                stop = inside
+            else:
+                yield from write_pending(disk, at, view[at - offset : stop - offset])
             length = stop - at
-            yield from write_pending(disk, at, view[at - offset : at - offset + length])
         at += length
 
 
@@ -53,6 +61,48 @@ def clusters_at_once(disk: Disk) -> int:
     """Clusters whose links surely fit half of a transaction."""
     ring = disk.log.ring
     return max(1, min(256, (ring.max_transaction - BASE_COST) // 2 // ring.home_cost))
+
+
+def write_in_place(disk: Disk, offset: int, view: memoryview) -> Operation[bool]:
+    """Write a part of a cluster that is ours alone into its home; False where it must become pending instead.
+
+    Crash before its commit: any mixture of old and new sectors, as of any write that was not flushed.
+    """
+    if not disk.settings.in_place or not (yield from _learn_home(disk, offset // disk.geometry.cluster_size)):
+        return False
+    home = disk.begin_in_place(offset, len(view))
+    if home < 0:
+        return False
+    done = False
+    try:
+        yield Write(disk.file, home, [view])
+        done = True
+    finally:
+        done = disk.end_in_place(offset, len(view)) and done
+    return done
+
+
+def _learn_home(disk: Disk, cluster: int) -> Operation[bool]:
+    """Whether a cluster's home is known to be ours alone, by its entry and by its refcount."""
+    if cluster in disk.own_homes:
+        return True
+    if cluster in disk.pending.clusters or not disk.mapping.l2_offset(cluster):
+        return False
+    yield from disk.mapping.load_l2(cluster)
+    entry, bitmap = disk.mapping.find(cluster)
+    if not disk.is_ours(entry, bitmap):
+        return False
+    host = (entry & OFFSET_MASK) >> disk.geometry.cluster_bits
+    yield from disk.allocator.load_block(host)
+    # Order: looked at again in the hold that remembers it; it may have moved while the block was read.
+    if not disk.mapping.in_memory(cluster) or disk.mapping.find(cluster) != (entry, bitmap):
+        return False
+    if cluster in disk.excluded or disk.allocator.refcount(host) != 1:
+        return False
+    if len(disk.own_homes) >= MAX_OWN_HOMES:
+        disk.own_homes.clear()
+    disk.own_homes[cluster] = entry & OFFSET_MASK
+    return True
 
 
 def write_pending(disk: Disk, offset: int, view: memoryview) -> Operation[None]:
@@ -125,7 +175,7 @@ class Prepared:
         self.disk, self.cost = disk, cost
         self.excluded: list[int] = []
         self.pinned: list[Table] = []
-        self.reserved: list[int] = []
+        self.reserved: set[int] = set()
         self.tokens = 0
         self.epoch = disk.epochs.enter()
 
@@ -163,12 +213,22 @@ class Prepared:
             yield from self.disk.allocator.ensure(self.disk.allocator.available + 1)
         host = self.disk.allocator.reserve(token=True)
         self.tokens -= 1
-        self.reserved.append(host)
+        self.reserved.add(host)
         yield from self.pin_block(host)
         return host
 
-    def linked(self) -> None:
-        self.reserved.clear()
+    def linked(self, host: int | None = None) -> None:
+        """What was reserved is linked: all of it, or one cluster."""
+        if host is None:
+            self.reserved.clear()
+        else:
+            self.reserved.discard(host)
+
+    def spend(self, cost: int) -> None:
+        """Give credits back before the end."""
+        cost = min(cost, self.cost)
+        self.cost -= cost
+        self.disk.log.return_credits(cost)
 
     def undo(self) -> None:
         disk = self.disk

@@ -159,6 +159,15 @@ class Compute(Step):
         return self.function()
 
 
+class Pause(Step):
+    """Nothing to do: others may have the lock. For who has much to change, none of it urgent."""
+
+    __slots__ = ()
+
+    def perform(self) -> None:
+        return
+
+
 class Batch(Step):
     """Do the steps in order, as one. Sends back the list of their results."""
 

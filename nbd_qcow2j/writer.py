@@ -170,7 +170,8 @@ class Writer:
                     break
                 try:
                     started = time.perf_counter_ns()
-                    done = await self._step(checkpoint.round_(disk, tight=tight))
+                    least = 0 if idle or tight else log.ring.length // 8
+                    done = await self._step(checkpoint.round_(disk, tight=tight, least_bytes=least))
                     self.observe(time.perf_counter_ns() - started)
                 except RequestError:
                     done = False
