@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from .errors import Error, RequestError
+from .errors import NO_ROOM, Error, RequestError
 from .format.tables import OFFSET_MASK
 from .journal.transaction import BASE_COST, REVOKE_COST, SECTOR_COST
 from .steps import Operation, Write
@@ -127,6 +127,8 @@ class Prepared:
         self.pinned: list[Table] = []
         self.reserved: list[int] = []
         self.tokens = 0
+        self.promised: list[int] = []
+        """Pending clusters whose token is among these: theirs again if they do not go home now (invariant 8)."""
         self.epoch = disk.epochs.enter()
 
     def pin_block(self, host_cluster: int) -> Operation[None]:
@@ -169,6 +171,7 @@ class Prepared:
 
     def linked(self) -> None:
         self.reserved.clear()
+        self.promised.clear()
 
     def undo(self) -> None:
         disk = self.disk
@@ -176,6 +179,10 @@ class Prepared:
             table.pins -= 1
         for host in self.reserved:
             disk.allocator.give_back(host)
+        for cluster in self.promised:
+            if cluster in disk.pending.clusters and cluster not in disk.cluster_tokens:
+                disk.cluster_tokens.add(cluster)
+                disk.allocator.tokens += 1
         disk.allocator.tokens -= self.tokens
         disk.admit(self.excluded)
         disk.epochs.leave(self.epoch)
@@ -187,6 +194,9 @@ def guarded(disk: Disk, operation: Operation[None], what: str) -> Operation[None
     try:
         yield from operation
     except OSError as error:
+        if error.errno in NO_ROOM:
+            # A plain write: nothing that was answered is lost, and nothing names what it wrote.
+            raise RequestError(errno.ENOSPC, "no room in the host file system") from error
         raise disk.log.latch(error, what) from error
     except (Error, GeneratorExit):
         raise

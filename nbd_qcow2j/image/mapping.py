@@ -160,10 +160,11 @@ class Mapping:
                 if block is not None:
                     block.pins += 1
             host = allocator.reserve(token=token)
-            new_block = yield from allocator.load_block(host)
-            assert new_block is not None, "a pool cluster has its refcount block"
-            new_block.pins += 1
+            new_block, linked = None, False
             try:
+                new_block = yield from allocator.load_block(host)
+                assert new_block is not None, "a pool cluster has its refcount block"
+                new_block.pins += 1
                 table = Table(
                     host << self.geometry.cluster_bits,
                     old.entries[:] if old is not None else array("Q", bytes(self.geometry.cluster_size)),
@@ -174,6 +175,7 @@ class Mapping:
                 log.note_data()
                 self.cache.install(table)
                 table.pins += 1
+                linked = True
                 allocator.raise_new(host)
                 self.l1.entries[index] = table.host_offset | OFLAG_COPIED
                 log.note_entry(self.l1, index)
@@ -182,7 +184,12 @@ class Mapping:
                     log.running.note_host_revoke(old.host_offset, old.length)
                     self.cache.forget(old.host_offset)
             finally:
-                new_block.pins -= 1
+                if not linked:
+                    # The caller still counts on its token.
+                    allocator.give_back(host)
+                    allocator.tokens += token
+                if new_block is not None:
+                    new_block.pins -= 1
                 if old is not None and block is not None:
                     block.pins -= 1
             return table, token
