@@ -47,7 +47,7 @@ class Runner:
         """Run an operation to its end in this thread. Raises what it raises."""
         lock = self.lock
         result: Any = None
-        failure: OSError | None = None
+        failure: BaseException | None = None
         lock.acquire()
         try:
             while True:
@@ -74,7 +74,9 @@ class Runner:
                         seen.observe(time.perf_counter_ns() - started)
                     else:
                         result = step.perform()
-                except OSError as error:
+                except BaseException as error:
+                    # All of them: an operation that is dropped instead would give back what it holds when it is
+                    # collected, without the lock, and a commit would leave those who wait for it for ever.
                     failure = error
                 finally:
                     lock.acquire()
