@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from .disk import PAGES_AT_ONCE
 from .errors import NO_ROOM, Error, RequestError
 from .format.tables import OFFSET_MASK
 from .journal.transaction import BASE_COST, REVOKE_COST, SECTOR_COST
@@ -46,7 +47,7 @@ def write(disk: Disk, data: bytes, offset: int) -> Operation[None]:
 
 def pages_at_once(disk: Disk) -> int:
     """Pages that one operation may note: at most half of a transaction."""
-    return max(1, min(64, (disk.log.ring.max_transaction - BASE_COST) // 2 // disk.page_cost))
+    return max(1, min(PAGES_AT_ONCE, (disk.log.ring.max_transaction - BASE_COST) // 2 // disk.page_cost))
 
 
 def clusters_at_once(disk: Disk) -> int:
@@ -59,8 +60,15 @@ def write_pending(disk: Disk, offset: int, view: memoryview) -> Operation[None]:
     """Make the range pending, page by page; pages that it covers in part are merged."""
     size = disk.page_size
     end = offset + len(view)
-    cost = (-(-end // size) - offset // size) * disk.page_cost
-    yield from disk.log.take_credits(cost)
+    pages = -(-end // size) - offset // size
+    cost = pages * disk.page_cost
+    # Order: room in the pending table before credits: the checkpoint, which makes that room, needs credits too.
+    yield from disk.take_pending(pages)
+    try:
+        yield from disk.log.take_credits(cost)
+    except BaseException:
+        disk.return_pending(pages)
+        raise
     try:
         at = offset
         while at < end:
@@ -75,6 +83,7 @@ def write_pending(disk: Disk, offset: int, view: memoryview) -> Operation[None]:
                 yield from _merge(disk, index, inside, part)
             at += length
     finally:
+        disk.incoming -= pages
         disk.log.return_credits(cost)
 
 

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from .storage import Storage
 
 
+PAGES_AT_ONCE = 64
+"""Pages that one operation may make pending."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What the engine may be told; sizes in bytes. Defaults are those of options.py."""
@@ -42,6 +46,7 @@ class Settings:
     journal_size: int = 32 << 20
     direct_write: int = 64 << 10
     l2_cache: int = 16 << 20
+    pending_limit: int = 64 << 20
     discard: bool = True
 
 
@@ -63,6 +68,11 @@ class Disk:
         )
         self.epochs = log.epochs
         self.pending = PendingPages(geometry)
+        self.pending_most = max(settings.pending_limit >> geometry.page_size.bit_length() - 1, 2 * PAGES_AT_ONCE)
+        """Pages that may be pending; a replay may leave more, then writers wait. At least two operations' worth, so
+        that whoever waits finds the checkpoint at work (it begins at half)."""
+        self.incoming = 0
+        """Pages for which operations in flight have taken room in the pending table."""
         self.cluster_tokens: set[int] = set()
         """Pending guest clusters that hold a pool cluster's token."""
         self.table_tokens: set[int] = set()
@@ -232,6 +242,22 @@ class Disk:
             return needed
         return needed + 1
 
+    def take_pending(self, pages: int) -> Operation[None]:
+        """Wait until this many pages more may be pending, and count them as incoming.
+
+        Raises DeviceFailed, RequestError (ENOSPC).
+        """
+        log, starved = self.log, self.log.starvations
+        while self.pending.count + self.incoming + pages > self.pending_most:
+            log.check()
+            yield from log.wait_for_room(starved)
+        self.incoming += pages
+
+    def return_pending(self, pages: int) -> None:
+        """They are pending now, or will not be."""
+        self.incoming -= pages
+        self.log.room_gate.open()
+
     def put_page(self, index: int, data: bytes) -> None:
         """Make a page pending and note it in the running transaction. Room and credits are at hand."""
         cluster = index // self.geometry.pages_per_cluster
@@ -271,6 +297,8 @@ class Disk:
         ring, cost = log.ring, (end - first) * self.page_cost
         busy = log.running.size + ring.outstanding + cost
         if busy > ring.max_transaction or ring.used + busy + ring.reserve > ring.length:
+            return False
+        if self.pending.count + self.incoming + end - first > self.pending_most:
             return False
         if cluster not in self.pending.clusters and self.tokens_needed(cluster) > self.allocator.available:
             return False

@@ -276,7 +276,7 @@ def open_device(options: Options) -> Device:
             files.append(background)
         settings = Settings(
             journal_size=options.journal_size, direct_write=options.direct_write, l2_cache=options.l2_cache,
-            discard=options.discard,
+            pending_limit=options.pending_limit, discard=options.discard,
         )  # fmt: skip
         disk = run_simply(
             open_disk(

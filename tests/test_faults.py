@@ -269,7 +269,7 @@ def assert_at_rest(disk: Disk) -> None:
     allocator, log = disk.allocator, disk.log
     assert allocator.tokens == len(disk.cluster_tokens) + len(disk.table_tokens)
     assert not disk.excluded and not disk.merging and not allocator.growing and not disk.cache.loading
-    assert log.ring.outstanding == 0 and log.committing is None
+    assert log.ring.outstanding == 0 and disk.incoming == 0 and log.committing is None
     assert not any(table.pins for table in disk.cache.tables.values())
     assert not any(epoch.active for epoch in (disk.epochs.current, *disk.epochs.retired))
     free = [*allocator.pool, *allocator.found]

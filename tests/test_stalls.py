@@ -12,12 +12,11 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROGRAM, is_attached, run
+from conftest import PROGRAM, is_attached, poll, run
 
 from nbd_qcow2j import checkpoint
 from nbd_qcow2j.disk import Settings
@@ -100,9 +99,10 @@ def open_held(path: Path, hold: Hold, *pairs: tuple[str, str], journal: int | No
     options: Options = parse_options([("file", str(path)), *pairs])
     file = FileStorage.open(path, read_only=False)
     storages: list[Any] = [HeldStorage(file, hold), HeldStorage(file.reopen(), hold)]
-    settings = Settings(journal_size=journal or options.journal_size, direct_write=options.direct_write)
-    if "pending_limit" in Settings.__dataclass_fields__:
-        settings = replace(settings, pending_limit=options.pending_limit)
+    settings = Settings(
+        journal_size=journal or options.journal_size, direct_write=options.direct_write,
+        pending_limit=options.pending_limit,
+    )  # fmt: skip
     disk = run_simply(
         open_disk(*storages, settings=settings, read_only=False, backing=None, uuid=os.urandom(16), name=str(path))
     )
@@ -206,6 +206,47 @@ def test_a_stalled_checkpoint_holds_up_no_flush(image: Path) -> None:
             Caller(device.flush).wait()
             assert read(device, number * PAGE) == page(number + 1000)
         hold.open()
+    assert_plain(image)
+
+
+def test_the_pending_table_never_passes_its_bound(image: Path) -> None:
+    # The checkpoint stands still: writers come to the bound and wait there, however many they are. Then it goes on.
+    limit = (1 << 20) // PAGE
+    seen = 0
+    with opened(image, ("pending-limit", "1M"), ("checkpoint-interval", "0.1")) as (device, hold):
+        disk, pending = device.disk, device.disk.pending
+        put = pending.put
+
+        def counted(*arguments: Any) -> None:
+            nonlocal seen
+            put(*arguments)
+            seen = max(seen, pending.count)
+
+        pending.put = counted  # type: ignore[method-assign]
+        hold.close("sync")
+
+        def write_much(first: int) -> None:
+            for number in range(first, 2 * limit, 8):
+                if number % 3:
+                    device.write(page(number), number * 2 * PAGE)
+                elif number % 2:
+                    device.write(page(number) * 9, number * 2 * PAGE)
+                else:
+                    device.write(page(number)[:600], number * 2 * PAGE + 100)
+
+        callers = [Caller(lambda first=first: write_much(first)) for first in range(8)]  # type: ignore[misc]
+        # Nothing can go home, so that many pages come to stay.
+        poll(
+            lambda: disk.log.room_gate.waiters and pending.count > limit - 10, what="the bound", seconds=PATIENCE
+        )
+        assert pending.count <= limit
+        assert read(device, 2 * PAGE) == page(1), "reads go on"
+        hold.open()
+        for each in callers:
+            each.wait()
+        device.flush()
+        assert limit - 10 < seen <= limit
+        assert disk.incoming == 0
     assert_plain(image)
 
 
