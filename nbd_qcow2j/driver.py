@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from . import changes, checkpoint
 from .counters import BOUNDS_PAGES, Histogram, Statistics
 from .disk import Disk, Settings
-from .errors import Error, RequestError
+from .errors import Error, ImageError, RequestError
 from .image.backing import Extent, open_backing
 from .locks import READER, WRITER
 from .opening import detach, open_disk, read_header
@@ -284,12 +284,14 @@ def open_device(options: Options) -> Device:
                 uuid=os.urandom(16), name=options.file,
             )
         )  # fmt: skip
-    except BaseException:
+    except BaseException as error:
         if backing is not None:
             with suppress(Error, OSError):
                 backing.close()
         for each in files:
             each.close()
+        if isinstance(error, OSError):
+            raise ImageError(f"{options.file}: {error.strerror}") from error
         raise
     return Device(disk, options, files)
 
