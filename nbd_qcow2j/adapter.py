@@ -179,6 +179,8 @@ def cleanup() -> None:
         _stopper.ended()
         _close()
     except Exception as error:
+        # nbdkit logs what is raised and exits with 0 all the same: a supervisor must see that the journal stays.
+        atexit.register(os._exit, 1)
         raise _refusal(error) from None
 
 

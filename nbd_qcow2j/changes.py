@@ -12,8 +12,8 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from .disk import MAX_OWN_HOMES
-from .errors import Error, RequestError
+from .disk import MAX_OWN_HOMES, PAGES_AT_ONCE
+from .errors import NO_ROOM, Error, RequestError
 from .format.tables import OFFSET_MASK
 from .journal.transaction import BASE_COST, REVOKE_COST, SECTOR_COST
 from .steps import Buffer, Operation, Write
@@ -54,7 +54,7 @@ def write(disk: Disk, data: Buffer, offset: int) -> Operation[None]:
 
 def pages_at_once(disk: Disk) -> int:
     """Pages that one operation may note: at most half of a transaction."""
-    return max(1, min(64, (disk.log.ring.max_transaction - BASE_COST) // 2 // disk.page_cost))
+    return max(1, min(PAGES_AT_ONCE, (disk.log.ring.max_transaction - BASE_COST) // 2 // disk.page_cost))
 
 
 def clusters_at_once(disk: Disk) -> int:
@@ -109,8 +109,15 @@ def write_pending(disk: Disk, offset: int, view: memoryview) -> Operation[None]:
     """Make the range pending, page by page; pages that it covers in part are merged."""
     size = disk.page_size
     end = offset + len(view)
-    cost = (-(-end // size) - offset // size) * disk.page_cost
-    yield from disk.log.take_credits(cost)
+    pages = -(-end // size) - offset // size
+    cost = pages * disk.page_cost
+    # Order: room in the pending table before credits: the checkpoint, which makes that room, needs credits too.
+    yield from disk.take_pending(pages)
+    try:
+        yield from disk.log.take_credits(cost)
+    except BaseException:
+        disk.return_pending(pages)
+        raise
     try:
         at = offset
         while at < end:
@@ -125,6 +132,7 @@ def write_pending(disk: Disk, offset: int, view: memoryview) -> Operation[None]:
                 yield from _merge(disk, index, inside, part)
             at += length
     finally:
+        disk.incoming -= pages
         disk.log.return_credits(cost)
 
 
@@ -177,6 +185,8 @@ class Prepared:
         self.pinned: list[Table] = []
         self.reserved: set[int] = set()
         self.tokens = 0
+        self.promised: set[int] = set()
+        """Pending clusters whose token is among these: theirs again if they do not go home now (invariant 8)."""
         self.epoch = disk.epochs.enter()
 
     def pin_block(self, host_cluster: int) -> Operation[None]:
@@ -217,11 +227,10 @@ class Prepared:
         yield from self.pin_block(host)
         return host
 
-    def linked(self, host: int | None = None) -> None:
-        """What was reserved is linked: all of it, or one cluster."""
-        if host is None:
-            self.reserved.clear()
-        else:
+    def linked(self, cluster: int, host: int | None) -> None:
+        """A guest cluster is linked to its new home: its reservation and its token are used."""
+        self.promised.discard(cluster)
+        if host is not None:
             self.reserved.discard(host)
 
     def spend(self, cost: int) -> None:
@@ -236,6 +245,10 @@ class Prepared:
             table.pins -= 1
         for host in self.reserved:
             disk.allocator.give_back(host)
+        for cluster in self.promised:
+            if cluster in disk.pending.clusters and cluster not in disk.cluster_tokens:
+                disk.cluster_tokens.add(cluster)
+                disk.allocator.tokens += 1
         disk.allocator.tokens -= self.tokens
         disk.admit(self.excluded)
         disk.epochs.leave(self.epoch)
@@ -247,6 +260,9 @@ def guarded(disk: Disk, operation: Operation[None], what: str) -> Operation[None
     try:
         yield from operation
     except OSError as error:
+        if error.errno in NO_ROOM:
+            # A plain write: nothing that was answered is lost, and nothing names what it wrote.
+            raise RequestError(errno.ENOSPC, "no room in the host file system") from error
         raise disk.log.latch(error, what) from error
     except (Error, GeneratorExit):
         raise
@@ -274,13 +290,14 @@ def write_direct(disk: Disk, cluster: int, view: memoryview) -> Operation[None]:
         for start, stop in _contiguous([host for _, host in homes]):
             yield Write(disk.file, homes[start][1] * size, [view[start * size : stop * size]])
         disk.log.check()
-        for number, (table, host) in enumerate(homes, cluster):
-            disk.mapping.link(table, number, host, disk.log, disk.allocator)
-            disk.touch(number)
-        per = disk.geometry.pages_per_cluster
-        disk.drop_pages(cluster * per, (cluster + count) * per)
-        disk.log.note_data()
-        held.linked()
+        with disk.log.whole_or_latched("direct write"):
+            for number, (table, host) in enumerate(homes, cluster):
+                disk.mapping.link(table, number, host, disk.log, disk.allocator)
+                held.linked(number, host)
+                disk.touch(number)
+            per = disk.geometry.pages_per_cluster
+            disk.drop_pages(cluster * per, (cluster + count) * per)
+            disk.log.note_data()
     finally:
         held.undo()
 
@@ -403,17 +420,18 @@ def _zero_mapped(disk: Disk, first: int, end: int, *, may_trim: bool) -> Operati
             for host in disk.mapping.host_clusters(entry):
                 yield from held.pin_block(host)
         disk.log.check()
-        for cluster in range(first, end):
-            # Over a backing file zeros must be said: an unallocated cluster would show the backing data again.
-            entry, bitmap = disk.mapping.find(cluster)
-            needs_flag = disk.has_backing(cluster) or (not may_trim and not disk.reads_zero(cluster, entry, bitmap))
-            disk.mapping.unlink(
-                table, cluster, zero=needs_flag, keep=not may_trim, log=disk.log, allocator=disk.allocator
-            )
-            disk.touch(cluster)
-        per = disk.geometry.pages_per_cluster
-        disk.drop_pages(first * per, end * per)
-        disk.log.running.holds = True
+        with disk.log.whole_or_latched("zero"):
+            for cluster in range(first, end):
+                # Over a backing file zeros must be said: an unallocated cluster would show the backing data again.
+                entry, bitmap = disk.mapping.find(cluster)
+                needs_flag = disk.has_backing(cluster) or (not may_trim and not disk.reads_zero(cluster, entry, bitmap))
+                disk.mapping.unlink(
+                    table, cluster, zero=needs_flag, keep=not may_trim, log=disk.log, allocator=disk.allocator
+                )
+                disk.touch(cluster)
+            per = disk.geometry.pages_per_cluster
+            disk.drop_pages(first * per, end * per)
+            disk.log.running.holds = True
     finally:
         held.undo()
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .changes import Prepared
+from .errors import NO_ROOM, Error, RequestError
 from .format.tables import OFFSET_MASK
 from .pending import Page
 from .steps import Batch, Operation, Pause, Step, Sync, Wait, Write, WriteSync
@@ -54,8 +55,9 @@ class _Going:
 def round_(
     disk: Disk, *, tight: bool = False, clusters: int = BATCH_CLUSTERS, least_bytes: int = 0
 ) -> Operation[bool]:
-    """One round; True when it did anything. Raises DeviceFailed; an ENOSPC of the home writes is no loss: False.
+    """One round; True when it did anything. Raises DeviceFailed.
 
+    No room in the host file system for the home writes is no loss: False, and who waits for the tail is told.
     The tail moves only if that frees `least_bytes` of the ring: a metadata sector that changes often goes home
     once for many changes.
     """
@@ -64,7 +66,6 @@ def round_(
     passable = ring.passable()
     if passable and ring.transactions[passable - 1].end - ring.tail < least_bytes:
         passable = 0
-    home = dict(log.home) if passable else {}
     chosen = _tail_clusters(disk) if tight and not passable else _oldest(disk, clusters) if not tight else []
     cost = 0
     if chosen and not tight:
@@ -83,6 +84,9 @@ def round_(
             return True
         return False
     held = Prepared(disk, cost)
+    # Order: copied in the hold in which the epoch was entered. A metadata cluster that was freed before is not in
+    # it any more; one that is freed from now on is not used again before this round is over.
+    home = dict(log.home) if passable else {}
     try:
         going: list[_Going] = []
         for number, cluster in enumerate(chosen, 1):
@@ -109,9 +113,10 @@ def round_(
             log.synced_mark = max(log.synced_mark, mark)
         log.check()
         for number, each in enumerate(going, 1):
-            _link(disk, each)
-            held.linked(each.host)
-            log.running.holds = True
+            with log.whole_or_latched("checkpoint"):
+                _link(disk, each)
+                held.linked(each.cluster, each.host)
+                log.running.holds = True
             if not number % HOLD_CLUSTERS:
                 # What is linked is counted by the running transaction itself.
                 held.spend(HOLD_CLUSTERS * ring.home_cost)
@@ -122,8 +127,18 @@ def round_(
             yield from _move_tail(disk, passable, home)
         disk.checkpoints += 1
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) and not disk.log.failed and not isinstance(error, _Synchronous):
+        if error.errno in NO_ROOM and not isinstance(error, _Synchronous):
+            log.starve()
             return False
+        raise log.latch(error, "checkpoint") from error
+    except RequestError:
+        # The pool has not what a cluster needs, and cannot grow.
+        log.starve()
+        return False
+    except (Error, GeneratorExit):
+        raise
+    except BaseException as error:
+        # In this hold: nothing may be committed on top of a change that was left half-way.
         raise log.latch(error, "checkpoint") from error
     finally:
         held.undo()
@@ -185,6 +200,7 @@ def _prepare_simply(disk: Disk, held: Prepared, cluster: int) -> _Going | None:
         return None
     if fresh:
         disk.cluster_tokens.discard(cluster)
+        held.promised.add(cluster)
         allocator.reserve(token=True)
         held.reserved.add(host)
     for each in (table, block):
@@ -241,6 +257,7 @@ def _prepare(disk: Disk, held: Prepared, cluster: int) -> Operation[_Going]:
         going.fresh = True
         if cluster in disk.cluster_tokens:
             disk.cluster_tokens.discard(cluster)
+            held.promised.add(cluster)
             held.tokens += 1
         else:
             yield from disk.allocator.take_tokens(1)
@@ -350,19 +367,31 @@ def fill(disk: Disk) -> float:
 
 
 def drain(disk: Disk) -> Operation[None]:
-    """Send everything home and move the tail to the head: the device is closing. Raises DeviceFailed."""
+    """Send everything home and move the tail to the head: the device is closing.
+
+    Raises DeviceFailed; RequestError (ENOSPC) when nothing more can go home: it ends, it does not wait for room.
+    """
     log = disk.log
     while True:
         log.check()
-        if disk.pending.clusters:
-            done = yield from round_(disk, tight=is_tight(disk))
-            if not done:
+        done = True
+        if not disk.pending.clusters and (not log.running.empty or log.committing is not None):
+            if log.committing is not None or log.may_commit():
+                yield from log.commit_upto(log.last_number())
+            else:
                 done = yield from round_(disk, tight=True)
-        elif not log.running.empty or log.committing is not None:
-            yield from log.commit_upto(log.last_number())
-        elif log.ring.transactions:
-            done = yield from round_(disk)
+        elif disk.pending.clusters or log.ring.transactions:
+            done = (yield from round_(disk, tight=is_tight(disk))) or (yield from round_(disk, tight=True))
         elif disk.epochs.releasable:
             yield from disk.allocator.release()
         else:
             return
+        if not done:
+            # Also what no flush asked for is kept, if the ring has room for it.
+            yield from settle(disk)
+            raise RequestError(
+                errno.ENOSPC,
+                "no room in the host file system to send everything home: the image stays attached; what was flushed "
+                "is in its journal and nothing of it is lost; make room, then serve the image again or run "
+                "nbd-qcow2j recover",
+            )

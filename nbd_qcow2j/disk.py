@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 ALL_BITS = (1 << 64) - 1
 MAX_OWN_HOMES = 1 << 16
 """Clusters whose home is remembered: 4 GiB of the default size, some 10 MiB of memory."""
+PAGES_AT_ONCE = 64
+"""Pages that one operation may make pending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class Settings:
     direct_write: int = 64 << 10
     in_place: bool = True
     l2_cache: int = 16 << 20
+    pending_limit: int = 64 << 20
     discard: bool = True
 
 
@@ -70,6 +73,11 @@ class Disk:
         )
         self.epochs = log.epochs
         self.pending = PendingPages(geometry)
+        self.pending_most = max(settings.pending_limit >> geometry.page_size.bit_length() - 1, 2 * PAGES_AT_ONCE)
+        """Pages that may be pending; a replay may leave more, then writers wait. At least two operations' worth, so
+        that whoever waits finds the checkpoint at work (it begins at half)."""
+        self.incoming = 0
+        """Pages for which operations in flight have taken room in the pending table."""
         self.cluster_tokens: set[int] = set()
         """Pending guest clusters that hold a pool cluster's token."""
         self.table_tokens: set[int] = set()
@@ -267,6 +275,22 @@ class Disk:
             return needed
         return needed + 1
 
+    def take_pending(self, pages: int) -> Operation[None]:
+        """Wait until this many pages more may be pending, and count them as incoming.
+
+        Raises DeviceFailed, RequestError (ENOSPC).
+        """
+        log, starved = self.log, self.log.starvations
+        while self.pending.count + self.incoming + pages > self.pending_most:
+            log.check()
+            yield from log.wait_for_room(starved)
+        self.incoming += pages
+
+    def return_pending(self, pages: int) -> None:
+        """They are pending now, or will not be."""
+        self.incoming -= pages
+        self.log.room_gate.open()
+
     def put_page(self, index: int, data: bytes) -> None:
         """Make a page pending and note it in the running transaction. Room and credits are at hand."""
         cluster = index // self.geometry.pages_per_cluster
@@ -308,6 +332,8 @@ class Disk:
         if busy > ring.max_transaction or ring.head - ring.tail + busy + ring.reserve > ring.length:
             return False
         pending = self.pending
+        if pending.count + self.incoming + count > self.pending_most:
+            return False
         if cluster not in pending.clusters:
             if self.settings.in_place and cluster not in self.own_homes and self.find_contiguous(offset, length) >= 0:
                 # It may be possible to write it in place: somebody has to look.
@@ -371,6 +397,8 @@ class Disk:
 
     def drop_pages(self, first: int, end: int) -> None:
         """Pages [first, end) are home elsewhere: out of the running transaction and the pending table, revoked."""
+        # The last cluster may be partial: replay refuses a revoke that reaches past the disk.
+        end = min(end, self.geometry.pages)
         log = self.log
         running = log.running
         recorded = False

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from . import changes, checkpoint
 from .counters import BOUNDS_PAGES, Histogram, Statistics
 from .disk import Disk, Settings
-from .errors import Error, RequestError
+from .errors import Error, ImageError, RequestError
 from .image.backing import Extent, open_backing
 from .locks import READER, WRITER
 from .opening import detach, open_disk, read_header
@@ -49,7 +49,7 @@ class Runner:
         """Run an operation to its end in this thread. Raises what it raises."""
         lock = self.lock
         result: Any = None
-        failure: OSError | None = None
+        failure: BaseException | None = None
         lock.acquire()
         try:
             while True:
@@ -79,7 +79,9 @@ class Runner:
                         time.sleep(PAUSE_SECONDS)
                     else:
                         result = step.perform()
-                except OSError as error:
+                except BaseException as error:
+                    # All of them: an operation that is dropped instead would give back what it holds when it is
+                    # collected, without the lock, and a commit would leave those who wait for it for ever.
                     failure = error
                 finally:
                     lock.acquire()
@@ -304,7 +306,7 @@ def open_device(options: Options) -> Device:
             files.append(background)
         settings = Settings(
             journal_size=options.journal_size, direct_write=options.direct_write, l2_cache=options.l2_cache,
-            in_place=options.in_place, discard=options.discard,
+            in_place=options.in_place, pending_limit=options.pending_limit, discard=options.discard,
         )  # fmt: skip
         disk = run_simply(
             open_disk(
@@ -312,12 +314,14 @@ def open_device(options: Options) -> Device:
                 uuid=os.urandom(16), name=options.file,
             )
         )  # fmt: skip
-    except BaseException:
+    except BaseException as error:
         if backing is not None:
             with suppress(Error, OSError):
                 backing.close()
         for each in files:
             each.close()
+        if isinstance(error, OSError):
+            raise ImageError(f"{options.file}: {error.strerror}") from error
         raise
     return Device(disk, options, files)
 

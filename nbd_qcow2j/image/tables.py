@@ -209,7 +209,8 @@ class TableCache:
                 data[at : at + SECTOR] = entry[0]
 
     def _shrink(self) -> None:
-        for host_offset, table in list(self.tables.items()):
+        # Never the last: whoever has just loaded it counts on it.
+        for host_offset, table in list(self.tables.items())[:-1]:
             if len(self.tables) <= self.limit:
                 return
             if not table.pins and not table.uncommitted:
