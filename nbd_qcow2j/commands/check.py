@@ -13,7 +13,6 @@ from ..image.check import check_image
 from ..image.findings import CheckReport
 from ..image.snapshots import Reader
 from ..opening import HEADER_READ
-from ..options import format_size
 from ._open import looked_into
 
 
@@ -82,5 +81,5 @@ def _print(report: CheckReport, name: str, transactions: int | None) -> None:
     print(
         f"{report.allocated_clusters}/{total} clusters allocated ({percent:.2f} %), "
         f"{report.fragmented_clusters} fragmented, {report.compressed_clusters} compressed; "
-        f"the image ends at {format_size(report.image_end_offset)}"
+        f"the image ends at byte {report.image_end_offset}"
     )
