@@ -12,6 +12,7 @@ bit and its sync leaves a page cache that says *plain* and a disk that says *att
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .checkpoint import drain
@@ -58,13 +59,19 @@ def read_journal(file: Storage, header: Header, *, name: str) -> Operation[Repla
     if extension is None:
         raise ImageError("the journal bit is set, but there is no journal extension", where=f"header of {name}")
     location = Location.from_bytes(extension, cluster_size=header.geometry.cluster_size, name=name)
-    content = yield Read(file, location.offset, location.length)
+    size = yield FileSize(file)
+    return (yield from plan_replay(file, location, header.geometry, file_size=size, name=name))
 
-    def read(offset: int, length: int) -> bytes:
-        start = offset - location.offset
-        return bytes(content[start : start + length])
 
-    return plan_replay(read, location, header.geometry, name=name)
+def replayed_header(header: Header, data: bytes, *, file_size: int, name: str) -> Header:
+    """The header with a journalled sector 0, which may move the refcount table and nothing else. Raises ImageError."""
+    found = parse_header(data, file_size=file_size, name=name)
+    if header != replace(
+        found, refcount_table_offset=header.refcount_table_offset,
+        refcount_table_clusters=header.refcount_table_clusters,
+    ):  # fmt: skip
+        raise ImageError("the journalled header differs in more than the refcount table", where=f"journal of {name}")
+    return found
 
 
 def open_disk(
@@ -85,7 +92,7 @@ def open_disk(
     plan = yield from read_journal(file, header, name=name)
     if plan is not None and 0 in plan.sectors:
         data = plan.sectors[0][0] + data[SECTOR:]
-        header = parse_header(data, file_size=(yield FileSize(file)), name=name)
+        header = replayed_header(header, data, file_size=(yield FileSize(file)), name=name)
     location = plan.location if plan is not None else None
     if plan is None and not read_only:
         location = yield from _attach(file, header, data, settings, uuid, name=name)
