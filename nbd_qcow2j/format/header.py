@@ -315,6 +315,11 @@ def check_usable(header: Header, *, write: bool, name: str) -> None:
             f"{name} is a version 2 image, which can only be served read-only: "
             f"qemu-img amend -f qcow2 -o compat=1.1 {quoted} makes it version 3"
         )
+    if bits & INCOMPAT_CORRUPT and bits & INCOMPAT_JOURNAL:
+        raise ImageError(
+            f"{name} is marked corrupt: nbd-qcow2j recover {quoted} sends home what its journal holds, then "
+            f"qemu-img check -r all {quoted} mends it; until then serve it read-only"
+        )
     if bits & INCOMPAT_CORRUPT:
         raise ImageError(
             f"{name} is marked corrupt: qemu-img check -r all {quoted} mends it; until then serve it read-only"

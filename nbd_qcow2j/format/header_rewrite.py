@@ -38,6 +38,7 @@ from .header import (
     EXTENSION_JOURNAL,
     FEATURE_ENTRY,
     FEATURE_NAME,
+    INCOMPAT_CORRUPT,
     INCOMPAT_JOURNAL,
     JOURNAL_BIT,
     NO_NAMES,
@@ -121,6 +122,12 @@ def plan_detach(cluster: bytes) -> HeaderPlan:
 def set_refcount_table(sector: bytes, offset: int, clusters: int) -> bytes:
     """Sector 0 with another refcount table: its host offset in bytes, its length in clusters."""
     return _with_number(_with_number(sector, _REFTABLE_AT, 8, offset), _REFTABLE_AT + 8, 4, clusters)
+
+
+def set_corrupt(sector: bytes) -> bytes:
+    """Sector 0 with the corrupt bit. Spec: "Header", incompatible bit 1."""
+    bits = int.from_bytes(sector[_INCOMPATIBLE_AT : _INCOMPATIBLE_AT + 8], "big")
+    return _with_number(sector, _INCOMPATIBLE_AT, 8, bits | INCOMPAT_CORRUPT)
 
 
 def apply_stages(cluster: bytes, stages: Sequence[Stage]) -> bytes:
