@@ -159,9 +159,17 @@ class Prepared:
         disk = self.disk
         index = cluster // disk.geometry.l2_entries
         offset = disk.mapping.l2_offset(cluster)
-        what = disk.allocator.overlaps.what_else(offset)
+        overlaps, host = disk.allocator.overlaps, offset >> disk.geometry.cluster_bits
+        named = overlaps.what_else(offset)
+        what = f"which is {named}" if named else ""
+        if offset and host not in overlaps.counted and not what:
+            yield from self.pin_block(host)
+            if disk.allocator.refcount(host):
+                overlaps.counted.add(host)
+            else:
+                what = "which has no refcount"
         if what:
-            self.found_corrupt(f"L1 entry {index} names host offset {offset}, which is {what}")
+            self.found_corrupt(f"L1 entry {index} names host offset {offset}, {what}")
         promised = index in disk.table_tokens
         if not promised and not self.tokens:
             # Without a promise the pool may be empty: wait for room as any writer.

@@ -50,6 +50,8 @@ HEADER_READ = 1 << 16
 MAX_L1_BYTES = 32 << 20
 MAX_REFTABLE_BYTES = 8 << 20
 """Limits: as in qemu."""
+FAR_BEHIND = 1 << 30
+"""The journal goes behind all that is used: damaged refcounts must not send it to where no file reaches."""
 
 
 def read_header(file: Storage, *, name: str) -> Operation[tuple[Header, bytes]]:
@@ -293,6 +295,11 @@ def _attach(
     )
     last = yield from _last_used(file, header, reftable, None, name=name)
     size = yield FileSize(file)
+    if last * geometry.cluster_size > 2 * size + FAR_BEHIND:
+        raise ImageError(
+            "refcounts say that clusters far behind the end of the file are in use; qemu-img check -r all mends them",
+            where=name, expected=f"at most about {size} bytes", found=last * geometry.cluster_size,
+        )  # fmt: skip
     unit = max(geometry.cluster_size, ALIGNMENT)
     offset = -(-max(last * geometry.cluster_size, size) // unit) * unit
     length = -(-settings.journal_size // ALIGNMENT) * ALIGNMENT

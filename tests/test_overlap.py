@@ -328,3 +328,14 @@ def test_qemu_mends_what_we_marked(image: Image, tmp_path: Path) -> None:
     run("qemu-img", "check", "-r", "all", path, check=False)
     assert "corrupt: false" in run("qemu-img", "info", path).stdout
     run("qemu-img", "check", path)
+
+
+def test_a_table_without_a_refcount_is_not_changed(image: Image) -> None:
+    # Scenario: an L1 entry names a place far behind the end of the file, where zeros would be read as a table.
+    image.put(image.l1, COPIED | 1 << 42)
+    engine = Engine(image.sim, SHAPE, Random(2))
+    disk = engine.open()
+    refused(engine, changes.write(disk, b"x" * CLUSTER, 0), "which has no refcount")
+    settle(engine, detach(disk))
+    assert image.sim.current_size < 1 << 30
+    assert image.is_corrupt

@@ -194,9 +194,9 @@ class Mapping:
                 allocator.raise_new(host)
                 self.l1.entries[index] = table.host_offset | OFLAG_COPIED
                 log.note_entry(self.l1, index)
-                allocator.overlaps.tables.add(host)
+                allocator.overlaps.add_table(host)
                 if old is not None and not bad:
-                    allocator.overlaps.tables.discard(old.host_offset >> self.geometry.cluster_bits)
+                    allocator.overlaps.drop_table(old.host_offset >> self.geometry.cluster_bits)
                 if old is not None and not bad and allocator.drop(old.host_offset >> self.geometry.cluster_bits):
                     log.running.forget_sectors(old.host_offset, old.length)
                     log.running.note_host_revoke(old.host_offset, old.length)

@@ -5,7 +5,7 @@ table; following it with a write would destroy the image. So whoever is about to
 or to drop a reference asks here first (`changes.Prepared`), and the allocator never hands out what is known here.
 
     in place     an L2 entry names metadata, or a cluster without a refcount: the write is refused
-    L2 table     it lies on other metadata, or two L1 entries name it: likewise
+    L2 table     it lies on other metadata, two L1 entries name it, or it has no refcount: likewise
     refcount block  it lies on other metadata, or two entries name it: taken as not there, so all that it counts
                  has no refcount, is never freed and never handed out
 
@@ -33,6 +33,8 @@ class Overlaps:
         self.tables: set[int] = set()
         """Clusters of active L2 tables."""
         self.blocks: set[int] = set()
+        self.counted: set[int] = set()
+        """Clusters of L2 tables that were seen to have a refcount: whoever changes a table asks once."""
         self.bad_tables: set[int] = set()
         self.bad_blocks: set[int] = set()
 
@@ -82,6 +84,16 @@ class Overlaps:
         if cluster in self.blocks:
             return "a refcount block"
         return self._fixed(cluster)
+
+    def add_table(self, cluster: int) -> None:
+        """A new L2 table, which has a refcount."""
+        self.tables.add(cluster)
+        self.counted.add(cluster)
+
+    def drop_table(self, cluster: int) -> None:
+        """The L1 table no longer names it."""
+        self.tables.discard(cluster)
+        self.counted.discard(cluster)
 
     def what_else(self, table_offset: int) -> str:
         """What an L2 table's cluster is besides; empty where it is that table alone."""
