@@ -97,7 +97,10 @@ def _learn_home(disk: Disk, cluster: int) -> Operation[bool]:
     # Order: looked at again in the hold that remembers it; it may have moved while the block was read.
     if not disk.mapping.in_memory(cluster) or disk.mapping.find(cluster) != (entry, bitmap):
         return False
-    if cluster in disk.excluded or disk.allocator.refcount(host) != 1:
+    if reason := disk.allocator.why_bad(host):
+        disk.mark_corrupt(f"guest cluster {cluster} names host cluster {host}, {reason}")
+        disk.refuse_corrupt()
+    if cluster in disk.excluded or disk.corrupt or disk.allocator.refcount(host) != 1:
         return False
     if len(disk.own_homes) >= MAX_OWN_HOMES:
         disk.own_homes.clear()
@@ -179,8 +182,10 @@ def _merge(disk: Disk, index: int, inside: int, part: memoryview) -> Operation[N
 class Prepared:
     """What an operation holds while its I/O runs; `undo` gives everything back that was not linked."""
 
-    def __init__(self, disk: Disk, cost: int) -> None:
+    def __init__(self, disk: Disk, cost: int, *, relocate: bool = False) -> None:
         self.disk, self.cost = disk, cost
+        self.relocate = relocate
+        """Whether what was accepted already goes to a new home where its old one cannot be written (checkpoint)."""
         self.excluded: list[int] = []
         self.pinned: list[Table] = []
         self.reserved: set[int] = set()
@@ -195,10 +200,37 @@ class Prepared:
             block.pins += 1
             self.pinned.append(block)
 
+    def found_corrupt(self, reason: str) -> None:
+        """Mark the image corrupt; a request is refused, before it has changed anything. Raises RequestError."""
+        self.disk.mark_corrupt(reason)
+        if not self.relocate:
+            self.disk.refuse_corrupt()
+
+    def is_bad(self, cluster: int, entry: int) -> bool:
+        """Whether what an L2 entry names must neither be written nor freed. Blocks are pinned. Raises RequestError."""
+        disk = self.disk
+        for host in disk.mapping.host_clusters(entry):
+            if reason := disk.allocator.why_bad(host):
+                self.found_corrupt(f"guest cluster {cluster} names host cluster {host}, {reason}")
+                return True
+        return False
+
     def own_l2(self, cluster: int) -> Operation[Table]:
         """The L2 table of a cluster, ours and pinned; takes its token, or one of this operation's."""
         disk = self.disk
         index = cluster // disk.geometry.l2_entries
+        offset = disk.mapping.l2_offset(cluster)
+        overlaps, host = disk.allocator.overlaps, offset >> disk.geometry.cluster_bits
+        named = overlaps.what_else(offset)
+        what = f"which is {named}" if named else ""
+        if offset and host not in overlaps.counted and not what:
+            yield from self.pin_block(host)
+            if disk.allocator.refcount(host):
+                overlaps.counted.add(host)
+            else:
+                what = "which has no refcount"
+        if what:
+            self.found_corrupt(f"L1 entry {index} names host offset {offset}, {what}")
         promised = index in disk.table_tokens
         if not promised and not self.tokens:
             # Without a promise the pool may be empty: wait for room as any writer.
@@ -207,7 +239,7 @@ class Prepared:
         while not disk.allocator.pool:
             yield from disk.allocator.ensure(disk.allocator.available + 1)
         table, used = yield from disk.mapping.own_l2(
-            cluster, disk.background, disk.log, disk.allocator, token=promised or self.tokens > 0
+            cluster, disk.background, disk.log, disk.allocator, token=promised or self.tokens > 0, bad=bool(what)
         )
         self.pinned.append(table)
         if used and promised:
@@ -257,6 +289,7 @@ class Prepared:
 
 def guarded(disk: Disk, operation: Operation[None], what: str) -> Operation[None]:
     """Run an operation that changes the disk: what it loses latches the device (invariant 7)."""
+    disk.refuse_corrupt()
     try:
         yield from operation
     except OSError as error:
@@ -307,6 +340,7 @@ def _home_for(disk: Disk, held: Prepared, cluster: int) -> Operation[int]:
     entry, bitmap = disk.mapping.find(cluster)
     for host in disk.mapping.host_clusters(entry):
         yield from held.pin_block(host)
+    held.is_bad(cluster, entry)
     if disk.is_ours(entry, bitmap):
         host = (entry & OFFSET_MASK) >> disk.geometry.cluster_bits
         if disk.allocator.refcount(host) == 1:
@@ -419,6 +453,7 @@ def _zero_mapped(disk: Disk, first: int, end: int, *, may_trim: bool) -> Operati
             entry, _ = disk.mapping.find(cluster)
             for host in disk.mapping.host_clusters(entry):
                 yield from held.pin_block(host)
+            held.is_bad(cluster, entry)
         disk.log.check()
         with disk.log.whole_or_latched("zero"):
             for cluster in range(first, end):

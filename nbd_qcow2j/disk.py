@@ -8,9 +8,12 @@ never wait for the exclusion of a cluster; whoever changes where a cluster lives
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .errors import RequestError
+from .format.header_rewrite import set_corrupt
 from .format.tables import (
     ALL_SUBCLUSTERS,
     L1_RESERVED,
@@ -105,6 +108,32 @@ class Disk:
         self.cow_read_bytes = 0
         self.checkpoint_clusters = self.checkpoint_bytes = self.checkpoints = 0
         self.replayed_transactions = 0
+        self.corrupt = ""
+        """Why the image is marked corrupt: no more writes, reads go on, what was accepted goes home."""
+        allocator.on_corrupt = self.mark_corrupt
+
+    # ---- corruption
+
+    def mark_corrupt(self, reason: str) -> None:
+        """Set the corrupt bit, in the running transaction. Spec: "Header", incompatible bit 1."""
+        if self.corrupt:
+            return
+        self.corrupt = reason
+        # What was learned before is not to be used: the way in place goes through here no more.
+        self.own_homes.clear()
+        header = self.allocator.header
+        header.data = set_corrupt(header.data)
+        # No credits: the ring's slack covers one sector. Crash: a mark that was not committed is made again when
+        # the damage is met again; nothing was written over it.
+        self.log.running.note_sector(0, header)
+
+    def refuse_corrupt(self) -> None:
+        """Raises RequestError (EIO) once the image is marked corrupt."""
+        if self.corrupt:
+            raise RequestError(
+                errno.EIO, f"{self.name} is marked corrupt and takes no more writes, reading goes on: {self.corrupt}; "
+                "close it, then look at it with nbd-qcow2j check",
+            )  # fmt: skip
 
     # ---- exclusion
 
@@ -324,7 +353,7 @@ class Disk:
         cluster = offset >> bits
         if (offset | length) & (self.page_size - 1) or (offset + length - 1) >> bits != cluster:
             return False
-        if log.failed is not None or length >= self.settings.direct_write:
+        if log.failed is not None or length >= self.settings.direct_write or self.corrupt:
             return False
         first, count = offset >> page_bits, length >> page_bits
         ring, running = log.ring, log.running

@@ -291,8 +291,11 @@ class Device:
                 time.sleep(min(1.0, (full - SLOW_FROM) / (1 - SLOW_FROM)) ** 3 * SLOWEST_SECONDS)
 
 
-def open_device(options: Options) -> Device:
-    """Open an image as the options say: lock, validate, replay or attach. Raises ImageError, OptionError."""
+def open_device(options: Options, *, recover: bool = False) -> Device:
+    """Open an image as the options say: lock, validate, replay or attach. Raises ImageError, OptionError.
+
+    With `recover`, one whose journal is attached also if it is marked corrupt.
+    """
     file = FileStorage.open(options.file, read_only=options.read_only)
     files: list[Storage] = [file]
     backing = None
@@ -311,7 +314,7 @@ def open_device(options: Options) -> Device:
         disk = run_simply(
             open_disk(
                 file, background, settings=settings, read_only=options.read_only, backing=backing,
-                uuid=os.urandom(16), name=options.file,
+                uuid=os.urandom(16), name=options.file, recover=recover,
             )
         )  # fmt: skip
     except BaseException as error:

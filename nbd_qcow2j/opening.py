@@ -12,12 +12,20 @@ bit and its sync leaves a page cache that says *plain* and a disk that says *att
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .checkpoint import drain
 from .disk import Disk, Settings
 from .errors import NO_ROOM, ImageError, RequestError
-from .format.header import INCOMPAT_JOURNAL, Header, check_usable, journal_extension_of, parse_header
+from .format.header import (
+    INCOMPAT_CORRUPT,
+    INCOMPAT_JOURNAL,
+    Header,
+    check_usable,
+    journal_extension_of,
+    parse_header,
+)
 from .format.header_rewrite import HeaderPlan, plan_attach, plan_detach
 from .format.journal import ALIGNMENT, MIN_RING, SLOTS_LENGTH, Location, Slot
 from .format.tables import REFTABLE_OFFSET_MASK, table_from_bytes
@@ -25,6 +33,7 @@ from .geometry import SECTOR
 from .image.allocator import Allocator, runs_of
 from .image.epochs import Epochs
 from .image.mapping import Mapping
+from .image.overlap import Overlaps
 from .image.tables import HeaderSector, RefcountBlock, Table, TableCache
 from .journal.log import Log
 from .journal.replay import ReplayPlan, plan_replay
@@ -41,6 +50,8 @@ HEADER_READ = 1 << 16
 MAX_L1_BYTES = 32 << 20
 MAX_REFTABLE_BYTES = 8 << 20
 """Limits: as in qemu."""
+FAR_BEHIND = 1 << 30
+"""The journal goes behind all that is used: damaged refcounts must not send it to where no file reaches."""
 
 
 def read_header(file: Storage, *, name: str) -> Operation[tuple[Header, bytes]]:
@@ -58,13 +69,25 @@ def read_journal(file: Storage, header: Header, *, name: str) -> Operation[Repla
     if extension is None:
         raise ImageError("the journal bit is set, but there is no journal extension", where=f"header of {name}")
     location = Location.from_bytes(extension, cluster_size=header.geometry.cluster_size, name=name)
-    content = yield Read(file, location.offset, location.length)
+    size = yield FileSize(file)
+    return (yield from plan_replay(file, location, header.geometry, file_size=size, name=name))
 
-    def read(offset: int, length: int) -> bytes:
-        start = offset - location.offset
-        return bytes(content[start : start + length])
 
-    return plan_replay(read, location, header.geometry, name=name)
+def replayed_header(header: Header, data: bytes, *, file_size: int, name: str) -> Header:
+    """The header with a journalled sector 0, which may move the refcount table and set the corrupt bit.
+
+    Raises ImageError where it does anything else.
+    """
+    found = parse_header(data, file_size=file_size, name=name)
+    if replace(header, incompatible=header.incompatible | INCOMPAT_CORRUPT) != replace(
+        found, refcount_table_offset=header.refcount_table_offset,
+        refcount_table_clusters=header.refcount_table_clusters, incompatible=found.incompatible | INCOMPAT_CORRUPT,
+    ):  # fmt: skip
+        raise ImageError(
+            "the journalled header differs in more than the refcount table and the corrupt bit",
+            where=f"journal of {name}",
+        )  # fmt: skip
+    return found
 
 
 def open_disk(
@@ -76,16 +99,22 @@ def open_disk(
     backing: Layer | None,
     uuid: bytes,
     name: str,
+    recover: bool = False,
 ) -> Operation[Disk]:
-    """Open an image: replay or attach its journal. Raises ImageError, OSError."""
+    """Open an image: replay or attach its journal. Raises ImageError, OSError.
+
+    With `recover`, an image that is marked corrupt is opened as well if its journal is attached: what was
+    accepted is sent home, nothing new is taken.
+    """
     if not read_only:
         yield Sync(file)
     header, data = yield from read_header(file, name=name)
-    check_usable(header, write=not read_only, name=name)
+    _check_usable(header, write=not read_only, recover=recover, name=name)
     plan = yield from read_journal(file, header, name=name)
     if plan is not None and 0 in plan.sectors:
         data = plan.sectors[0][0] + data[SECTOR:]
-        header = parse_header(data, file_size=(yield FileSize(file)), name=name)
+        header = replayed_header(header, data, file_size=(yield FileSize(file)), name=name)
+        _check_usable(header, write=not read_only, recover=recover, name=name)
     location = plan.location if plan is not None else None
     if plan is None and not read_only:
         location = yield from _attach(file, header, data, settings, uuid, name=name)
@@ -112,6 +141,12 @@ def open_disk(
             at += length
         yield Sync(file)
     return disk
+
+
+def _check_usable(header: Header, *, write: bool, recover: bool, name: str) -> None:
+    if recover and header.incompatible & INCOMPAT_JOURNAL:
+        header = replace(header, incompatible=header.incompatible & ~INCOMPAT_CORRUPT)
+    check_usable(header, write=write, name=name)
 
 
 def _overlay(data: bytearray, offset: int, plan: ReplayPlan | None) -> bytearray:
@@ -159,20 +194,32 @@ def _build(
     log.on_stale = cache.mark_stale
     bits = geometry.cluster_bits
     size = yield FileSize(file)
-    last = yield from _last_used(file, header, reftable, plan, name=name)
+    # Reading needs no refcounts, and none of what may be wrong with them is in its way.
+    last = 1 if read_only else (yield from _last_used(file, header, reftable, plan, name=name))
     ring_clusters = (location.offset >> bits, -(-(location.offset + location.length) >> bits)) if location else (0, 0)
     end = max(last, -(-size >> bits), ring_clusters[1])
+    l1_clusters = (header.l1_offset >> bits, (header.l1_offset + header.l1_entries * 8 - 1 >> bits) + 1)
+    overlaps = Overlaps(geometry, ring=ring_clusters, l1=l1_clusters if header.l1_entries else (0, 0), name=name)
+    if not read_only:
+        table = header.refcount_table_offset >> bits
+        overlaps.read((table, table + header.refcount_table_clusters), reftable.entries, l1.entries)
     allocator = Allocator(
         background, log, cache, geometry, reftable=reftable, header=HeaderSector(data[:SECTOR]), ring=ring_clusters,
-        end=end, discard=settings.discard,
+        end=end, discard=settings.discard, overlaps=overlaps,
     )  # fmt: skip
     disk = Disk(
-        name=name, geometry=geometry, file=file, background=background, mapping=Mapping(geometry, l1, cache, name=name),
+        name=name, geometry=geometry, file=file, background=background,
+        mapping=Mapping(
+            geometry, l1, cache, name=name,
+            ring=(location.offset, location.offset + location.length) if location else (0, 0),
+        ),
         cache=cache, allocator=allocator, log=log, backing=backing, compression_type=header.compression_type,
         settings=settings, read_only=read_only,
     )  # fmt: skip
     if plan is not None:
         _adopt(disk, plan)
+    if header.incompatible & INCOMPAT_CORRUPT:
+        disk.corrupt = "it was marked so earlier"
     return disk
 
 
@@ -258,6 +305,11 @@ def _attach(
     )
     last = yield from _last_used(file, header, reftable, None, name=name)
     size = yield FileSize(file)
+    if last * geometry.cluster_size > 2 * size + FAR_BEHIND:
+        raise ImageError(
+            "refcounts say that clusters far behind the end of the file are in use; qemu-img check -r all mends them",
+            where=name, expected=f"at most about {size} bytes", found=last * geometry.cluster_size,
+        )  # fmt: skip
     unit = max(geometry.cluster_size, ALIGNMENT)
     offset = -(-max(last * geometry.cluster_size, size) // unit) * unit
     length = -(-settings.journal_size // ALIGNMENT) * ALIGNMENT
@@ -328,6 +380,14 @@ def _tidy(disk: Disk, location: Location) -> Operation[None]:
             high -= 1
         last = index * geometry.refcount_block_entries + high
         break
+    if disk.corrupt:
+        # Refcounts that may be wrong say nothing of what may be cut off.
+        return
+    overlaps = disk.allocator.overlaps
+    last = max(
+        last, overlaps.l1[1], overlaps.reftable[1], max(overlaps.tables, default=0) + 1,
+        max(overlaps.blocks, default=0) + 1,
+    )  # fmt: skip
     file_size = yield FileSize(file)
     if last * size < file_size:
         yield Truncate(file, last * size)

@@ -187,13 +187,24 @@ def test_an_attached_image_is_refused_by_qemu_with_the_name_of_the_feature(tmp_p
     [
         (["-o", "compat=0.10"], "compat=1.1"),
         (["-o", "data_file=data.raw"], "external data file"),
-        (["--object", "secret,id=s,data=x", "-o", "encrypt.format=luks,encrypt.key-secret=s"], "encrypted"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(make: list[str], says: str, tmp_path: Path) -> None:
     path = tmp_path / "image.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *make, path, "1M"], check=True, cwd=tmp_path)
     with pytest.raises(ImageError, match=says):
+        device(path)
+
+
+def test_an_encrypted_image_is_refused_by_name(tmp_path: Path) -> None:
+    # qemu-img's own way to one measures how fast the machine hashes, and gives up on a busy one: so the header's
+    # crypt_method says LUKS, which is all that is looked at.
+    path = tmp_path / "image.qcow2"
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", path, "1M")
+    with path.open("r+b") as file:
+        file.seek(32)
+        file.write((2).to_bytes(4, "big"))
+    with pytest.raises(ImageError, match=r"encrypted.*LUKS"):
         device(path)
 
 

@@ -7,13 +7,12 @@ import json
 import sys
 from typing import Any
 
-from ..format.header import INCOMPAT_DATA_FILE, INCOMPAT_KNOWN, check_usable, parse_header
+from ..format.header import INCOMPAT_DATA_FILE, INCOMPAT_KNOWN, check_usable
 from ..geometry import SECTOR
 from ..image.check import check_image
 from ..image.findings import CheckReport
 from ..image.snapshots import Reader
-from ..opening import HEADER_READ
-from ..options import format_size
+from ..opening import HEADER_READ, replayed_header
 from ._open import looked_into
 
 
@@ -47,7 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
             # The state that the next opening will see: what is only in the journal counts.
             overlaid = plan.overlay(read)
             size = max(size, *(offset + SECTOR for offset in plan.sectors), 0)
-            header = parse_header(bytes(overlaid(0, HEADER_READ)), file_size=size, name=arguments.image)
+            header = replayed_header(
+                found, bytes(overlaid(0, HEADER_READ)), file_size=size, name=arguments.image
+            )  # fmt: skip
             journal, transactions = (plan.location.offset, plan.location.length), len(plan.transactions)
         report = check_image(header, overlaid, file_size=size, name=arguments.image, journal=journal)
     if arguments.quiet:
@@ -82,5 +83,5 @@ def _print(report: CheckReport, name: str, transactions: int | None) -> None:
     print(
         f"{report.allocated_clusters}/{total} clusters allocated ({percent:.2f} %), "
         f"{report.fragmented_clusters} fragmented, {report.compressed_clusters} compressed; "
-        f"the image ends at {format_size(report.image_end_offset)}"
+        f"the image ends at byte {report.image_end_offset}"
     )

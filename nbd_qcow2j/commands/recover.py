@@ -32,8 +32,10 @@ def run(arguments: argparse.Namespace) -> int:
     if not header.incompatible & INCOMPAT_JOURNAL:
         print(f"{arguments.image} has no journal: it is a plain qcow2 file")
         return 0
-    device = open_device(options)
+    device = open_device(options, recover=True)
     count = device.disk.replayed_transactions
     device.close()
+    if device.disk.corrupt:
+        print(f"{arguments.image} is marked corrupt: {device.disk.corrupt}; qemu-img check -r all mends what can be")
     print(f"{arguments.image}: {count} transactions replayed, journal detached; it is a plain qcow2 file")
     return 0

@@ -6,6 +6,7 @@ cluster for the journal is in `header_rewrite.py`.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
@@ -14,6 +15,7 @@ import construct as c
 
 from ..errors import ImageError
 from ..geometry import Geometry
+from .tables import MAX_HOST_OFFSET
 
 MAGIC: Final = b"QFI\xfb"
 EXTENSION_END: Final = 0
@@ -38,12 +40,32 @@ INCOMPAT_KNOWN: Final = (
 )
 AUTOCLEAR_BITMAPS: Final = 1 << 0
 FEATURE_NAME: Final = b"journal (nbd-qcow2j)"
+FEATURE_ENTRY: Final = 48
+"""Bytes of an entry in the feature name table: kind, bit, name."""
+MAX_SIZE: Final = 1 << 62
+"""Limit: offsets of a client are signed 64-bit numbers; rounded up to a cluster they must stay so."""
 MAX_L1_BYTES: Final = 32 << 20
+MAX_REFCOUNT_TABLE_BYTES: Final = 8 << 20
+MAX_SNAPSHOTS: Final = 65536
 MAX_BACKING_NAME: Final = 1023
+MAX_FORMAT_NAME: Final = 15
 """Limits: as in qemu."""
 V3_LENGTH: Final = 104
-SAVED: Final = c.Struct("header_length" / c.Int32ub, "backing_offset" / c.Int64ub, "at_104" / c.Bytes(8))
-"""What `header_rewrite.py` puts before the journal's own data in our extension."""
+"""The shortest header of version 3; a longer one has the compression type in its next byte."""
+
+SAVED: Final = c.Struct(
+    "length" / c.Int16ub,
+    "names_at" / c.Int16ub,
+    "header_length" / c.Int32ub,
+    "backing_offset" / c.Int64ub,
+    "at_104" / c.Bytes(8),
+)
+"""What `header_rewrite.py` keeps of the ordinary header, in front of the journal's data in our extension.
+
+`length` counts all of it, with the feature name table that may follow (deflated). `names_at` says which of the
+extensions that table was, NO_NAMES where there was none.
+"""
+NO_NAMES: Final = 0xFFFF
 
 FIXED: Final = c.Struct(
     "magic" / c.Const(MAGIC),
@@ -110,9 +132,10 @@ class Header:
 
 
 def parse_header(data: bytes, *, file_size: int, name: str) -> Header:
-    """The header at the start of an image's first bytes (64 KiB or the file, whichever is less).
+    """The header in an image's first 64 KiB. Spec: "Header", "Header extensions".
 
-    Raises ImageError: what, where, expected, found.
+    A file that is shorter may be padded with zeros or not. Raises ImageError: what, where, expected, found.
+    Limit: extensions and backing name are looked for in the first 64 KiB of larger clusters.
     """
     where = f"header of {name}"
     if len(data) < FIXED.sizeof() or data[:4] != MAGIC or file_size < FIXED.sizeof():
@@ -129,10 +152,11 @@ def parse_header(data: bytes, *, file_size: int, name: str) -> Header:
         more = _V3.parse(bytes(data[FIXED.sizeof() : V3_LENGTH]).ljust(_V3.sizeof(), b"\0"))
         incompatible, compatible, autoclear = more.incompatible, more.compatible, more.autoclear
         order, length = more.refcount_order, more.header_length
-        if not V3_LENGTH <= length <= min(cluster_size, len(data)):
+        if not V3_LENGTH <= length <= min(cluster_size, len(data)) or length % 8:
             raise ImageError(
-                "header length is impossible", where=where, expected=f"104 to {cluster_size}", found=length
-            )
+                "header length is impossible", where=where, found=length,
+                expected=f"104 to {min(cluster_size, len(data))}, a multiple of 8",
+            )  # fmt: skip
         if length > V3_LENGTH:
             compression = data[V3_LENGTH]
     if order > 6:
@@ -141,7 +165,7 @@ def parse_header(data: bytes, *, file_size: int, name: str) -> Header:
         raise ImageError(
             "compression type is not supported", where=where, expected="zlib, or zstd with its bit", found=compression
         )
-    _check_tables(fixed, cluster_size, where)
+    _check_tables(fixed, cluster_size, file_size, where)
     extended = bool(incompatible & INCOMPAT_EXTENDED_L2)
     if extended and fixed.cluster_bits < 14:
         raise ImageError("clusters too small for extended L2 entries", where=where, expected=16384, found=cluster_size)
@@ -167,6 +191,11 @@ def parse_header(data: bytes, *, file_size: int, name: str) -> Header:
         backing_name = bytes(data[fixed.backing_offset : name_end]) or None
     extensions = _extensions(data[: min(end, cluster_size)], length, where)
     formats = [each.data for each in extensions if each.type == EXTENSION_BACKING_FORMAT]
+    if formats and len(formats[0]) > MAX_FORMAT_NAME:
+        raise ImageError(
+            "name of the backing file's format is too long", where=where,
+            expected=f"at most {MAX_FORMAT_NAME} bytes", found=len(formats[0]),
+        )  # fmt: skip
     return Header(
         version=fixed.version, backing_offset=fixed.backing_offset, backing_name=backing_name,
         backing_format=formats[0].decode("ascii", "replace") if formats else None, cluster_bits=fixed.cluster_bits,
@@ -178,37 +207,39 @@ def parse_header(data: bytes, *, file_size: int, name: str) -> Header:
     )  # fmt: skip
 
 
-def _check_tables(fixed: c.Container, cluster_size: int, where: str) -> None:
-    for what, offset in (
-        ("L1 table", fixed.l1_offset), ("refcount table", fixed.refcount_table_offset),
-        ("snapshot table", fixed.snapshots_offset),
-    ):  # fmt: skip
-        if offset % cluster_size or offset >= 1 << 56:
-            raise ImageError(
-                f"{what} lies at an impossible offset",
-                where=where,
-                expected=f"a multiple of {cluster_size}",
-                found=offset,
-            )
-    if fixed.l1_entries * 8 > MAX_L1_BYTES:
-        raise ImageError(
-            "L1 table too large", where=where, expected=f"at most {MAX_L1_BYTES // 8} entries", found=fixed.l1_entries
-        )
-    if (
-        (fixed.l1_entries and not fixed.l1_offset)
-        or not fixed.refcount_table_offset
-        or not fixed.refcount_table_clusters
+def _check_tables(fixed: c.Container, cluster_size: int, file_size: int, where: str) -> None:
+    for what, offset, used in (
+        ("L1 table", fixed.l1_offset, fixed.l1_entries),
+        ("refcount table", fixed.refcount_table_offset, True),
+        ("snapshot table", fixed.snapshots_offset, fixed.snapshot_count),
     ):
-        raise ImageError("the header names no L1 table or no refcount table", where=where)
-    if fixed.refcount_table_clusters * cluster_size > 8 << 20:
+        if offset % cluster_size or offset >= MAX_HOST_OFFSET:
+            raise ImageError(
+                f"{what} lies at an impossible offset", where=where,
+                expected=f"a multiple of {cluster_size} below 2^56", found=offset,
+            )  # fmt: skip
+        if used and not offset:
+            raise ImageError(f"the header names no {what}", where=where)
+        # A table may end behind the end of the file, where it reads as zeros; one that begins there was cut off.
+        if used and offset >= file_size:
+            raise ImageError(
+                f"{what} lies behind the end of the file, which may have been cut short", where=where,
+                expected=f"an offset below {file_size}", found=offset,
+            )  # fmt: skip
+    if not fixed.refcount_table_clusters:
+        raise ImageError("the header names no refcount table", where=where)
+    for what, found, limit in (
+        ("L1 table", fixed.l1_entries * 8, MAX_L1_BYTES),
+        ("refcount table", fixed.refcount_table_clusters * cluster_size, MAX_REFCOUNT_TABLE_BYTES),
+    ):
+        if found > limit:
+            raise ImageError(f"{what} too large", where=where, expected=f"at most {limit} bytes", found=found)
+    if fixed.snapshot_count > MAX_SNAPSHOTS:
         raise ImageError(
-            "refcount table too large",
-            where=where,
-            expected="at most 8 MiB",
-            found=fixed.refcount_table_clusters * cluster_size,
+            "too many snapshots", where=where, expected=f"at most {MAX_SNAPSHOTS}", found=fixed.snapshot_count
         )
-    if fixed.size > 1 << 62:
-        raise ImageError("disk size is impossible", where=where, found=fixed.size)
+    if fixed.size > MAX_SIZE:
+        raise ImageError("disk size is impossible", where=where, expected="at most 2^62 bytes", found=fixed.size)
 
 
 def _extensions(data: bytes, at: int, where: str) -> tuple[Extension, ...]:
@@ -227,49 +258,80 @@ def _extensions(data: bytes, at: int, where: str) -> tuple[Extension, ...]:
 
 
 def journal_extension_of(header: Header) -> bytes | None:
-    """The journal's own data in our extension, None where there is none."""
-    for extension in header.extensions:
-        if extension.type == EXTENSION_JOURNAL and len(extension.data) >= SAVED.sizeof():
-            return extension.data[SAVED.sizeof() :]
+    """The journal's own data in our extension; None without it, or without bit 62: it means nothing then."""
+    if header.incompatible & INCOMPAT_JOURNAL:
+        for extension in header.extensions:
+            if extension.type == EXTENSION_JOURNAL and len(extension.data) >= SAVED.sizeof():
+                return extension.data[int.from_bytes(extension.data[:2], "big") :]
     return None
 
 
+def feature_names(header: Header) -> dict[tuple[int, int], str]:
+    """What the image calls its features, by (0 incompatible, 1 compatible, 2 autoclear; bit).
+
+    Spec: "Feature name table".
+    """
+    found: dict[tuple[int, int], str] = {}
+    for extension in header.extensions:
+        if extension.type == EXTENSION_FEATURE_NAMES:
+            for at in range(0, len(extension.data) - FEATURE_ENTRY + 1, FEATURE_ENTRY):
+                kind, bit = extension.data[at : at + 2]
+                text = extension.data[at + 2 : at + FEATURE_ENTRY].split(b"\0", 1)[0].decode("utf-8", "replace")
+                if text:
+                    found.setdefault((kind, bit), text)
+    return found
+
+
 def check_usable(header: Header, *, write: bool, name: str) -> None:
-    """Refuse what is not served, by name, and say what to do instead. Raises ImageError."""
+    """Refuse what is not served, by the name of the feature, and say what to do instead. Raises ImageError.
+
+    Spec: "Header", incompatible features. The journal (bit 62) is known here.
+    """
     bits = header.incompatible
+    quoted = shlex.quote(name)
     if header.crypt_method:
-        raise ImageError(f"{name} is encrypted, which is not served: decrypt it with qemu-img convert")
+        raise ImageError(
+            f"{name} is encrypted, which is not served: decrypt it into another image with qemu-img convert",
+            where="crypt_method in its header", expected="0 (none)",
+            found={1: "1 (AES)", 2: "2 (LUKS)"}.get(header.crypt_method, header.crypt_method),
+        )  # fmt: skip
     if bits & INCOMPAT_DATA_FILE:
         raise ImageError(
-            f"{name} keeps its data in an external data file, not served: qemu-img convert makes one file of it"
+            f"{name} keeps its data in an external data file, which is not served: make one file of the two with "
+            f"qemu-img convert -O qcow2 {quoted} NEW"
         )
     if unknown := bits & ~INCOMPAT_KNOWN:
-        names = ", ".join(_feature_name(header, bit) for bit in range(64) if unknown >> bit & 1)
-        raise ImageError(
-            f"{name} uses features that are not known here: {names}; serve it with the program that knows them"
+        names = feature_names(header)
+        listed = ", ".join(
+            f"{names.get((0, bit), 'a feature without a name')} (incompatible bit {bit})"
+            for bit in range(64)
+            if unknown >> bit & 1
         )
+        raise ImageError(f"{name} uses what is not known here: {listed}; use the program that made it")
     if not write:
         return
     if header.version < 3:
         raise ImageError(
-            f"{name} is a version 2 image, which can only be read: qemu-img amend -f qcow2 -o compat=1.1 {name}"
+            f"{name} is a version 2 image, which can only be served read-only: "
+            f"qemu-img amend -f qcow2 -o compat=1.1 {quoted} makes it version 3"
+        )
+    if bits & INCOMPAT_CORRUPT and bits & INCOMPAT_JOURNAL:
+        raise ImageError(
+            f"{name} is marked corrupt: nbd-qcow2j recover {quoted} sends home what its journal holds, then "
+            f"qemu-img check -r all {quoted} mends it; until then serve it read-only"
         )
     if bits & INCOMPAT_CORRUPT:
         raise ImageError(
-            f"{name} is marked corrupt: mend it with qemu-img check -r all {name}, or serve it with --read-only"
+            f"{name} is marked corrupt: qemu-img check -r all {quoted} mends it; until then serve it read-only"
         )
     if bits & INCOMPAT_DIRTY:
-        raise ImageError(f"{name} is marked dirty, its refcounts may be wrong: qemu-img check -r all {name}")
-    if any(each.type == EXTENSION_BITMAPS for each in header.extensions) and header.autoclear & AUTOCLEAR_BITMAPS:
         raise ImageError(
-            f"{name} has persistent bitmaps, which writing would outdate: qemu-img bitmap --remove, or --read-only"
+            f"{name} is marked dirty, its refcounts may be wrong: qemu-img check -r all {quoted} mends them; "
+            f"until then serve it read-only"
         )
-
-
-def _feature_name(header: Header, bit: int) -> str:
-    for extension in header.extensions:
-        if extension.type == EXTENSION_FEATURE_NAMES:
-            for at in range(0, len(extension.data) - 47, 48):
-                if extension.data[at] == 0 and extension.data[at + 1] == bit:
-                    return extension.data[at + 2 : at + 48].rstrip(b"\0").decode("utf-8", "replace")
-    return f"incompatible bit {bit}"
+    # Without the bit the bitmaps were outdated before we came, and every program knows it.
+    if header.autoclear & AUTOCLEAR_BITMAPS and any(each.type == EXTENSION_BITMAPS for each in header.extensions):
+        raise ImageError(
+            f"{name} has persistent bitmaps, which writing would outdate: qemu-img bitmap --remove {quoted} BITMAP "
+            f"takes them away one by one (qemu-img info names them), or serve it read-only"
+        )

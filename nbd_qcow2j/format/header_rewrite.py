@@ -1,158 +1,301 @@
 """Attaching and detaching the journal in the header cluster, one sync at a time. Pure functions over its bytes.
 
-On a stock overlay the extensions end, and the backing name starts, beyond the first sector: rewriting in place
-could tear the name away. So the complete new extension area and the name go to a free 512-aligned place H of
-the cluster; then one write of sector 0 makes header_length H. What lay in between becomes "additional header
-fields", untouched, and detaching is one write of sector 0 that points back. What sector 0 said before
-(header_length, the name's offset, the bytes at 104 that a short header used for extensions) is kept in front
-of the journal's data in our extension.
+A journal is attached by an *area* (the header's extensions, among them ours, and the backing name) and bit 62.
+The header points at its area twice: header_length is where the extensions begin, and the name has an offset.
 
-    Crash between any two stages, or inside one: a header that says the same as before it, or as after it.
+Behind: on a stock overlay the area does not end in the first sector, and rewriting it in place could tear the
+name away. So the complete new area goes to a free 512-aligned place H of the cluster; then one write of sector 0
+makes header_length H. What lay in between is "additional header fields" now, untouched, and detaching is one
+write of sector 0 that points back.
 
-With 512-byte clusters everything is in sector 0, which is written whole.
+Within: where H does not fit (512-byte clusters, small clusters with long names), the new area goes into sector 0
+itself, in the one write that any change of sector 0 is. Detaching builds the old area anew.
+
+In both, the feature name table gives way first: it comes down to our own entry, then to nothing. What sector 0
+said before (header_length, the name's offset, the bytes at 104, which a short header uses for extensions and a
+longer one for the compression type), and where nothing else remembers it the feature name table, is kept in
+front of the journal's data in our extension (`SAVED`).
+
+    Invariant: a header never becomes anything that was not parsed first and found to mean what it meant.
+    Crash: between two stages, or inside one with any of its sectors written, the header means what it meant
+    before, with or without bit 62; and both plans can be made again from there.
+
+Between a cut and the next attach other programs may rewrite the header, and keep our extension, whose memory is
+old by then. So detaching compares, too, and where pointing back would bring back something else (the old name
+after a rebase), it builds the area anew; if that has no room, our extension stays, which means nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from ..errors import ImageError
 from ..geometry import SECTOR
 from .header import (
     EXTENSION_FEATURE_NAMES,
     EXTENSION_JOURNAL,
+    FEATURE_ENTRY,
     FEATURE_NAME,
+    INCOMPAT_CORRUPT,
     INCOMPAT_JOURNAL,
     JOURNAL_BIT,
+    NO_NAMES,
     SAVED,
     V3_LENGTH,
     Extension,
     Header,
     parse_header,
-)  # fmt: skip
+)
 
 Stage = tuple[tuple[int, bytes], ...]
-_INCOMPATIBLE_AT, _AUTOCLEAR_AT, _LENGTH_AT, _BACKING_AT, _REFTABLE_AT = 72, 88, 100, 8, 48
+"""(offset, whole sectors) writes in the header cluster, whose order among themselves does not matter."""
+
+_BACKING_AT, _REFTABLE_AT, _INCOMPATIBLE_AT, _AUTOCLEAR_AT, _LENGTH_AT = 8, 48, 72, 88, 100
+_SHORTEST_LENGTH_WITH_TYPE = 112
+_OUR_NAME = Extension(EXTENSION_FEATURE_NAMES, bytes((0, JOURNAL_BIT)) + FEATURE_NAME.ljust(FEATURE_ENTRY - 2, b"\0"))
 
 
 @dataclass(frozen=True, slots=True)
 class HeaderPlan:
-    """Stages in order, a sync after each; each is (offset, whole sectors) writes."""
+    """Stages in order, a sync after each."""
 
     stages: tuple[Stage, ...]
 
 
-def plan_attach(cluster: bytes, journal: bytes) -> HeaderPlan:
-    """Name the journal in the header; the last stage sets bit 62 and nothing else. Raises ImageError."""
-    before: tuple[Stage, ...] = ()
+def plan_attach(cluster: bytes, journal_extension: bytes) -> HeaderPlan:
+    """Name the journal in the header; the last stage sets bit 62 and nothing else.
+
+    `cluster` is the header cluster, or its first 64 KiB. Autoclear bits are cleared: none of them stays true
+    while somebody writes who does not know it. Raises ImageError where there is no room.
+    """
     header = _parse(cluster)
-    if _saved(header) is not None:
+    if header.version < 3 or header.incompatible & INCOMPAT_JOURNAL:
+        raise ImageError(
+            "a journal cannot be attached", where="header", expected="version 3, no journal yet",
+            found=f"version {header.version}, incompatible features {header.incompatible:#x}",
+        )  # fmt: skip
+    before: tuple[Stage, ...] = ()
+    if _find(header.extensions, EXTENSION_JOURNAL) is not None:
         # A cut left our extension in a plain image: back to an ordinary header first.
         before = plan_detach(cluster).stages
         cluster = apply_stages(cluster, before)
         header = _parse(cluster)
-    saved = SAVED.build(
-        {
-            "header_length": header.header_length,
-            "backing_offset": header.backing_offset,
-            "at_104": cluster[V3_LENGTH : V3_LENGTH + 8],
-        }
-    )
-    others = [each for each in header.extensions if each.type != EXTENSION_JOURNAL]
-    ours = Extension(EXTENSION_JOURNAL, saved + journal)
-    name = header.backing_name or b""
-    cluster_size = 1 << header.cluster_bits
-    for extensions in ([*_named(others), ours], [*others, ours]):
-        area = _build(extensions)
-        behind = -(-max(SECTOR, _end_of(header)) // SECTOR) * SECTOR
-        place = header.header_length if cluster_size == SECTOR else behind
-        if place + len(area) + len(name) <= min(cluster_size, len(cluster)):
-            break
-    else:
-        raise ImageError(
-            "the header cluster has no room for the journal's extension: use a larger cluster size (qemu-img convert)",
-            expected=f"{len(area) + len(name)} bytes from {place}", found=f"a cluster of {cluster_size}",
-        )  # fmt: skip
-    sector = bytearray(cluster[:SECTOR])
-    sector[_LENGTH_AT : _LENGTH_AT + 4] = place.to_bytes(4, "big")
-    if name:
-        sector[_BACKING_AT : _BACKING_AT + 8] = (place + len(area)).to_bytes(8, "big")
-    # Bits that nobody here keeps up to date; a bitmap that stays would silently be outdated.
-    sector[_AUTOCLEAR_AT : _AUTOCLEAR_AT + 8] = bytes(8)
-    content = area + name
-    if cluster_size == SECTOR:
-        sector[place:] = content.ljust(SECTOR - place, b"\0")
-        first: tuple[Stage, ...] = ()
-    else:
-        if header.header_length == V3_LENGTH:
-            # Byte 104 would be read as the compression type.
-            sector[V3_LENGTH : V3_LENGTH + 8] = bytes(8)
-        first = (((place, content.ljust(-(-len(content) // SECTOR) * SECTOR, b"\0")),),)
-    plain = bytes(sector)
-    bits = header.incompatible | INCOMPAT_JOURNAL
-    sector[_INCOMPATIBLE_AT : _INCOMPATIBLE_AT + 8] = bits.to_bytes(8, "big")
-    return HeaderPlan((*before, *first, ((0, plain),), ((0, bytes(sector)),)))
+    for stages in _attach_ways(cluster, header, journal_extension):
+        attached = apply_stages(cluster, stages)
+        restored = _parse(apply_stages(attached, plan_detach(attached).stages))
+        if _meaning(_parse(attached)) == _meaning(header) == _meaning(restored) and _names(restored) == _names(header):
+            return HeaderPlan((*before, *stages))
+    raise ImageError(
+        "the header cluster has no room for the journal's extension: give the image a shorter backing file name "
+        "(qemu-img rebase -u) or larger clusters (qemu-img convert -o cluster_size=64k)",
+        where="header", expected=f"{len(_area([_ours(header, cluster, journal_extension, keep=False)]))} bytes more",
+        found=f"{_end_of(header)} of {min(1 << header.cluster_bits, len(cluster))} bytes in use",
+    )  # fmt: skip
 
 
 def plan_detach(cluster: bytes) -> HeaderPlan:
-    """Take the journal out of the header; the first stage clears bit 62 and nothing else. Raises ImageError."""
+    """Take the journal out of the header; the first stage clears bit 62 and nothing else.
+
+    Works on a plain image whose header still holds our extension as well; without that there are no stages.
+    Raises ImageError where the header is damaged.
+    """
     header = _parse(cluster)
-    saved = _saved(header)
-    sector = bytearray(cluster[:SECTOR])
-    bits = header.incompatible & ~INCOMPAT_JOURNAL
-    sector[_INCOMPATIBLE_AT : _INCOMPATIBLE_AT + 8] = bits.to_bytes(8, "big")
-    cleared = bytes(sector)
-    stages: list[Stage] = [((0, cleared),)]
-    if saved is None:
+    stages: list[Stage] = []
+    sector = cluster[:SECTOR]
+    if header.incompatible & INCOMPAT_JOURNAL:
+        sector = _with_number(sector, _INCOMPATIBLE_AT, 8, header.incompatible & ~INCOMPAT_JOURNAL)
+        stages.append(((0, sector),))
+    ours = _find(header.extensions, EXTENSION_JOURNAL)
+    if ours is None:
         return HeaderPlan(tuple(stages))
-    parsed = SAVED.parse(saved)
-    if 1 << header.cluster_bits == SECTOR:
-        others = [each for each in header.extensions if each.type != EXTENSION_JOURNAL]
-        area = _build(_unnamed(others))
-        place, name = header.header_length, header.backing_name or b""
-        if name:
-            sector[_BACKING_AT : _BACKING_AT + 8] = (place + len(area)).to_bytes(8, "big")
-        sector[place:] = (area + name).ljust(SECTOR - place, b"\0")
-        stages.append(((0, bytes(sector)),))
-    else:
-        end = _end_of(header)
-        sector[_LENGTH_AT : _LENGTH_AT + 4] = parsed.header_length.to_bytes(4, "big")
-        sector[_BACKING_AT : _BACKING_AT + 8] = parsed.backing_offset.to_bytes(8, "big")
-        if parsed.header_length == V3_LENGTH:
-            sector[V3_LENGTH : V3_LENGTH + 8] = parsed.at_104
-        stages.append(((0, bytes(sector)),))
-        # Only now is the area behind it nobody's.
-        place = header.header_length
-        stages.append(((place, bytes(-(-(end - place) // SECTOR) * SECTOR)),))
+    plain = sector + cluster[SECTOR:]
+    wanted = _meaning(_parse(plain))
+    for ways in (_point_back(plain, header, ours), _build_anew(plain, header, ours)):
+        if ways and _means(apply_stages(plain, ways), wanted):
+            stages.extend(ways)
+            break
     return HeaderPlan(tuple(stages))
 
 
 def set_refcount_table(sector: bytes, offset: int, clusters: int) -> bytes:
-    """Sector 0 with another refcount table."""
-    return sector[:_REFTABLE_AT] + offset.to_bytes(8, "big") + clusters.to_bytes(4, "big") + sector[_REFTABLE_AT + 12 :]
+    """Sector 0 with another refcount table: its host offset in bytes, its length in clusters."""
+    return _with_number(_with_number(sector, _REFTABLE_AT, 8, offset), _REFTABLE_AT + 8, 4, clusters)
 
 
-def apply_stages(cluster: bytes, stages: tuple[Stage, ...]) -> bytes:
+def set_corrupt(sector: bytes) -> bytes:
+    """Sector 0 with the corrupt bit. Spec: "Header", incompatible bit 1."""
+    bits = int.from_bytes(sector[_INCOMPATIBLE_AT : _INCOMPATIBLE_AT + 8], "big")
+    return _with_number(sector, _INCOMPATIBLE_AT, 8, bits | INCOMPAT_CORRUPT)
+
+
+def apply_stages(cluster: bytes, stages: Sequence[Stage]) -> bytes:
     """The header cluster after these stages."""
     content = bytearray(cluster)
     for stage in stages:
         for offset, data in stage:
             content[offset : offset + len(data)] = data
-    return bytes(content[: len(cluster)])
+    return bytes(content)
+
+
+# ---- attaching
+
+
+def _attach_ways(cluster: bytes, header: Header, journal: bytes) -> Iterator[list[Stage]]:
+    """The stages of every way that fits, the best first."""
+    others = [each for each in header.extensions if each.type != EXTENSION_JOURNAL]
+    room = min(1 << header.cluster_bits, len(cluster))
+    behind = _whole_sectors(max(SECTOR, _end_of(header)))
+    for place, limit in ((behind, room), (header.header_length, SECTOR)):
+        for names in ("all", "ours", "none"):
+            # The area that lies untouched remembers the table; one that is built anew must be told.
+            ours = _ours(header, cluster, journal, keep=limit == SECTOR and names != "all")
+            area = _area([*_with_names(others, names), ours])
+            content = area + (header.backing_name or b"")
+            if place + len(content) > limit:
+                continue
+            sector = _with_number(cluster[:SECTOR], _AUTOCLEAR_AT, 8, 0)
+            sector = _pointing_at(sector, header, place, len(area))
+            first: list[Stage] = []
+            if place == behind:
+                if header.header_length == V3_LENGTH:
+                    # Byte 104 is the compression type as soon as the header is longer.
+                    sector = _with_number(sector, V3_LENGTH, 8, 0)
+                first = [((place, content.ljust(_whole_sectors(len(content)), b"\0")),)]
+            else:
+                sector = sector[:place] + content.ljust(SECTOR - place, b"\0")
+            last = _with_number(sector, _INCOMPATIBLE_AT, 8, header.incompatible | INCOMPAT_JOURNAL)
+            yield [*first, ((0, sector),), ((0, last),)]
+
+
+def _ours(header: Header, cluster: bytes, journal: bytes, *, keep: bool) -> Extension:
+    """Our extension: what the ordinary header said, then the journal's data."""
+    types = [each.type for each in header.extensions if each.type != EXTENSION_JOURNAL]
+    names = _find(header.extensions, EXTENSION_FEATURE_NAMES)
+    packed = zlib.compress(names, 9) if keep and names is not None else b""
+    fixed = SAVED.build(
+        {
+            "length": SAVED.sizeof() + len(packed),
+            "names_at": types.index(EXTENSION_FEATURE_NAMES) if names is not None else NO_NAMES,
+            "header_length": header.header_length, "backing_offset": header.backing_offset,
+            "at_104": cluster[V3_LENGTH : V3_LENGTH + 8],
+        }
+    )  # fmt: skip
+    return Extension(EXTENSION_JOURNAL, fixed + packed + journal)
+
+
+def _with_names(extensions: list[Extension], which: str) -> list[Extension]:
+    """With a feature name table of all names and ours, of ours alone, or without one."""
+    if which != "all" or _find(extensions, EXTENSION_FEATURE_NAMES) is None:
+        others = [each for each in extensions if each.type != EXTENSION_FEATURE_NAMES]
+        return others if which == "none" else [*others, _OUR_NAME]
+    # First in the table: qemu reads it up to an empty name.
+    return [
+        replace(each, data=_OUR_NAME.data + each.data) if each.type == EXTENSION_FEATURE_NAMES else each
+        for each in extensions
+    ]
+
+
+# ---- detaching
+
+
+def _point_back(plain: bytes, header: Header, ours: bytes) -> list[Stage]:
+    """To an area that still lies where it lay: one write of sector 0. Empty where the area was not behind it."""
+    if len(ours) < SAVED.sizeof():
+        return []
+    saved = SAVED.parse(ours[: SAVED.sizeof()])
+    if not V3_LENGTH <= saved.header_length < header.header_length or header.header_length % SECTOR:
+        return []
+    sector = _with_number(plain[:SECTOR], _LENGTH_AT, 4, saved.header_length)
+    sector = _with_number(sector, _BACKING_AT, 8, saved.backing_offset)
+    if saved.header_length == V3_LENGTH:
+        sector = sector[:V3_LENGTH] + saved.at_104 + sector[V3_LENGTH + 8 :]
+    start, end = header.header_length, min(_whole_sectors(_end_of(header)), len(plain))
+    # Order: only now is the area behind it nobody's.
+    return [((0, sector),), ((start, bytes(end - start)),)]
+
+
+def _build_anew(plain: bytes, header: Header, ours: bytes) -> list[Stage]:
+    """The extensions without ours and the name, at the place of the ordinary header. Empty where it has no room."""
+    place, extensions = header.header_length, [each for each in header.extensions if each.type != EXTENSION_JOURNAL]
+    if len(ours) >= SAVED.sizeof():
+        saved = SAVED.parse(ours[: SAVED.sizeof()])
+        shortest = _SHORTEST_LENGTH_WITH_TYPE if header.compression_type else V3_LENGTH
+        if shortest <= saved.header_length < place:
+            place = saved.header_length
+        extensions = _restored_names(extensions, saved.names_at, ours[SAVED.sizeof() : saved.length], len(plain))
+    area = _area(extensions)
+    content = area + (header.backing_name or b"")
+    end = place + len(content)
+    # What is written must not be what is in use: except in sector 0, which is written whole.
+    if end > SECTOR and _whole_sectors(end) > header.header_length and _end_of(header) > SECTOR:
+        return []
+    sectors = _whole_sectors(end)
+    new = plain[:place] + content.ljust(sectors - place, b"\0")
+    sector = _pointing_at(new[:SECTOR], header, place, len(area))
+    # Order: sector 0 last; until then the later ones are "additional header fields".
+    first: list[Stage] = [((SECTOR, new[SECTOR:]),)] if sectors > SECTOR else []
+    start, stop = max(sectors, header.header_length, SECTOR), min(_whole_sectors(_end_of(header)), len(plain))
+    start -= start % SECTOR
+    last: list[Stage] = [((start, bytes(stop - start)),)] if start < stop else []
+    return [*first, ((0, sector),), *last]
+
+
+def _restored_names(extensions: list[Extension], names_at: int, packed: bytes, limit: int) -> list[Extension]:
+    """The extensions with the feature name table as it was before we came, as far as that is known."""
+    names = _find(extensions, EXTENSION_FEATURE_NAMES)
+    others = [each for each in extensions if each.type != EXTENSION_FEATURE_NAMES]
+    if packed and names in (None, _OUR_NAME.data):
+        try:
+            names = zlib.decompressobj().decompress(packed, limit)
+        except zlib.error:
+            names = None
+    elif names is not None:
+        names = names.removeprefix(_OUR_NAME.data)
+        if not names and names_at == NO_NAMES:
+            names = None
+    if names is None:
+        return others
+    at = min(names_at, len(others))
+    return [*others[:at], Extension(EXTENSION_FEATURE_NAMES, names), *others[at:]]
+
+
+# ---- headers
 
 
 def _parse(cluster: bytes) -> Header:
-    return parse_header(cluster, file_size=len(cluster), name="the image")
+    # Where the file ends was looked at when the image was opened.
+    return parse_header(cluster, file_size=1 << 63, name="the image")
 
 
-def _saved(header: Header) -> bytes | None:
-    for extension in header.extensions:
-        if extension.type == EXTENSION_JOURNAL and len(extension.data) >= SAVED.sizeof():
-            return extension.data[: SAVED.sizeof()]
-    return None
+def _meaning(header: Header) -> Header:
+    """A header without what attaching and detaching change."""
+    extensions = tuple(
+        each for each in header.extensions if each.type not in (EXTENSION_JOURNAL, EXTENSION_FEATURE_NAMES)
+    )
+    bits = header.incompatible & ~INCOMPAT_JOURNAL
+    return replace(header, incompatible=bits, autoclear=0, header_length=0, backing_offset=0, extensions=extensions)
 
 
-def _build(extensions: list[Extension]) -> bytes:
+def _means(cluster: bytes, wanted: Header) -> bool:
+    try:
+        return _meaning(_parse(cluster)) == wanted
+    except ImageError:
+        return False
+
+
+def _names(header: Header) -> bytes | None:
+    return _find(header.extensions, EXTENSION_FEATURE_NAMES)
+
+
+def _find(extensions: Sequence[Extension], kind: int) -> bytes | None:
+    """The data of the first extension of a type."""
+    return next((each.data for each in extensions if each.type == kind), None)
+
+
+def _area(extensions: list[Extension]) -> bytes:
+    """Extensions as they are on disk, with their end."""
     parts = [
         each.type.to_bytes(4, "big") + len(each.data).to_bytes(4, "big") + each.data + bytes(-len(each.data) % 8)
         for each in extensions
@@ -161,29 +304,19 @@ def _build(extensions: list[Extension]) -> bytes:
 
 
 def _end_of(header: Header) -> int:
-    """One past the last byte that extensions or the backing name use."""
-    end = header.header_length + len(_build(list(header.extensions)))
-    if header.backing_name:
-        end = max(end, header.backing_offset + len(header.backing_name))
-    return end
+    """One past the last byte of the header cluster that is in use."""
+    end = header.header_length + len(_area(list(header.extensions)))
+    return max(end, header.backing_offset + len(header.backing_name or b""))
 
 
-_OUR_NAME = bytes((0, JOURNAL_BIT)) + FEATURE_NAME.ljust(46, b"\0")
+def _pointing_at(sector: bytes, header: Header, place: int, area_length: int) -> bytes:
+    sector = _with_number(sector, _LENGTH_AT, 4, place)
+    return _with_number(sector, _BACKING_AT, 8, place + area_length if header.backing_name else 0)
 
 
-def _named(extensions: list[Extension]) -> list[Extension]:
-    """With our name in the feature name table, made if there is none."""
-    if not any(each.type == EXTENSION_FEATURE_NAMES for each in extensions):
-        return [*extensions, Extension(EXTENSION_FEATURE_NAMES, _OUR_NAME)]
-    return [
-        Extension(each.type, each.data + _OUR_NAME) if each.type == EXTENSION_FEATURE_NAMES else each
-        for each in extensions
-    ]
+def _with_number(sector: bytes, at: int, width: int, number: int) -> bytes:
+    return sector[:at] + number.to_bytes(width, "big") + sector[at + width :]
 
 
-def _unnamed(extensions: list[Extension]) -> list[Extension]:
-    cleaned = [
-        Extension(each.type, each.data.replace(_OUR_NAME, b"")) if each.type == EXTENSION_FEATURE_NAMES else each
-        for each in extensions
-    ]
-    return [each for each in cleaned if each.data or each.type != EXTENSION_FEATURE_NAMES]
+def _whole_sectors(length: int) -> int:
+    return -(-length // SECTOR) * SECTOR

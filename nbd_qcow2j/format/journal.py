@@ -274,11 +274,27 @@ def decode_head(data: bytes | bytearray | memoryview) -> TransactionHead | None:
     return TransactionHead(descriptors, sequence, uuid, length, previous_crc, crc)
 
 
-def crc_holds(head: TransactionHead, data: memoryview) -> bool:
-    """Whether the CRC32C of the whole transaction `data` is the one its head names."""
-    first = bytearray(data[:HEAD_LENGTH])
-    first[_CRC_AT : _CRC_AT + 4] = bytes(4)
-    return crc32c(data[HEAD_LENGTH:], crc32c(first)) == head.crc
+class Crc:
+    """Whether a transaction's CRC32C is the one its head names; its bytes are added in order, in pieces."""
+
+    __slots__ = ("expected", "value")
+
+    def __init__(self, head: TransactionHead) -> None:
+        self.expected = head.crc
+        self.value = -1
+
+    def add(self, data: bytes | bytearray) -> None:
+        """The first piece holds the head at least."""
+        if self.value < 0:
+            first = bytearray(data[:HEAD_LENGTH])
+            first[_CRC_AT : _CRC_AT + 4] = bytes(4)
+            self.value = crc32c(memoryview(data)[HEAD_LENGTH:], crc32c(first))
+        else:
+            self.value = crc32c(data, self.value)
+
+    @property
+    def holds(self) -> bool:
+        return self.value == self.expected
 
 
 def decode_transaction(head: TransactionHead, data: memoryview, *, page_size: int, where: str) -> list[Record]:
@@ -305,6 +321,6 @@ def decode_transaction(head: TransactionHead, data: memoryview, *, page_size: in
                 "journal record is of a type that this version cannot replay; use the version that wrote it",
                 where=place, expected="0, 1, 3, 6 or 7", found=kind,
             )  # fmt: skip
-        if offset + length > 1 << 62:
+        if offset + length > (1 << 56 if kind in (WRITE_DATA, REVOKE_HOST) else 1 << 62):
             raise ImageError("journal record names an impossible offset", where=place, found=offset)
     return records

@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 from array import array
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..errors import NO_ROOM, ImageError, RequestError
@@ -25,6 +26,7 @@ from ..format.header_rewrite import set_refcount_table
 from ..format.tables import REFTABLE_OFFSET_MASK
 from ..geometry import Geometry
 from ..steps import Allocate, Gate, Operation, Punch, Wait, Write, ZeroRange
+from .overlap import Overlaps
 from .tables import HeaderSector, RefcountBlock, Table, TableCache
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 MAX_REFTABLE_BYTES = 8 << 20
 """Limit: as in qemu."""
+SCAN_CLUSTERS = 1024
 
 
 class Allocator:
@@ -40,8 +43,10 @@ class Allocator:
 
     def __init__(
         self, storage: Storage, log: Log, cache: TableCache, geometry: Geometry, *,
-        reftable: Table, header: HeaderSector, ring: tuple[int, int], end: int, discard: bool,
+        reftable: Table, header: HeaderSector, ring: tuple[int, int], end: int, discard: bool, overlaps: Overlaps,
     ) -> None:  # fmt: skip
+        self.overlaps = overlaps
+        self.on_corrupt: Callable[[str], object] = lambda reason: None
         self.storage, self.log, self.cache, self.geometry = storage, log, cache, geometry
         self.reftable = reftable
         self.header = header
@@ -67,7 +72,9 @@ class Allocator:
 
     def _block_offset(self, index: int) -> int:
         entries = self.reftable.entries
-        return entries[index] & REFTABLE_OFFSET_MASK if index < len(entries) else 0
+        offset = entries[index] & REFTABLE_OFFSET_MASK if index < len(entries) else 0
+        # A block on other metadata is taken as not there: what it would count is neither freed nor handed out.
+        return 0 if offset >> self.geometry.cluster_bits in self.overlaps.bad_blocks else offset
 
     def _make_block(self, host_offset: int, data: bytearray) -> Table:
         return RefcountBlock(host_offset, data, self.geometry.refcount_order)
@@ -93,6 +100,11 @@ class Allocator:
         block = self.block(cluster)
         return block.get(cluster % self.geometry.refcount_block_entries) if block else 0
 
+    def why_bad(self, cluster: int) -> str:
+        """Why what an L2 entry names must not be written or freed; empty where it may. Its block is loaded."""
+        what = self.overlaps.what(cluster)
+        return f"which is {what}" if what else "" if self.refcount(cluster) else "which has no refcount"
+
     def set_refcount(self, cluster: int, value: int) -> None:
         """Change a refcount and note it, in this hold. Its block was loaded and pinned."""
         block = self.block(cluster)
@@ -112,7 +124,9 @@ class Allocator:
         """One reference less; True when that was the last. The cluster is freed, not yet free."""
         value = self.refcount(cluster)
         if not value:
-            raise ImageError("refcount is already zero", where=f"host cluster {cluster}")
+            # In the middle of a change: what is half done is finished, the cluster left alone.
+            self.on_corrupt(f"host cluster {cluster} is freed, but has no refcount")
+            return False
         self.set_refcount(cluster, value - 1)
         if value > 1:
             return False
@@ -215,10 +229,13 @@ class Allocator:
             yield ZeroRange(self.storage, first * size, count * size)
 
     def _scan(self) -> Operation[None]:
-        """Look for free clusters in one refcount block. Blocks that do not exist lie before `end` only in holes."""
+        """Look for free clusters in a piece of a refcount block, short enough for one hold.
+
+        Blocks that do not exist lie before `end` only in holes.
+        """
         per_block = self.geometry.refcount_block_entries
         first = self.scan_at
-        end = min(self.scan_end, first - first % per_block + per_block)
+        end = min(self.scan_end, first - first % per_block + per_block, first - first % SCAN_CLUSTERS + SCAN_CLUSTERS)
         block = yield from self.load_block(first)
         self.scan_at = end
         if block is None:
@@ -227,15 +244,19 @@ class Allocator:
         # would be handed out twice.
         known = set(self.found)
         base = first - first % per_block
-        low, high = self.ring_clusters
-        for start, stop in block.zero_runs(end - base):
-            for cluster in range(max(base + start, first), base + stop):
-                if cluster and not low <= cluster < high and cluster not in self.held and cluster not in known:
+        for start, stop in block.zero_runs(first - base, end - base):
+            for cluster in range(base + start, base + stop):
+                if cluster not in self.held and cluster not in known and not self.overlaps.what(cluster):
                     self.found.append(cluster)
 
     def _extend(self, count: int) -> Operation[None]:
         """Lengthen the file, with the refcount blocks that the new clusters need."""
         per_block = self.geometry.refcount_block_entries
+        while (self.end // per_block) < len(self.reftable.entries) and self.reftable.entries[
+            self.end // per_block
+        ] & REFTABLE_OFFSET_MASK != self._block_offset(self.end // per_block):
+            # What a bad block counts is not ours to hand out.
+            self.end = (self.end // per_block + 1) * per_block
         first = self.end
         # One block at a time, so that a region never needs a second new block.
         count = min(count + 1, per_block - first % per_block)
@@ -246,7 +267,9 @@ class Allocator:
             return
         yield Allocate(self.storage, first * size, count * size)
         self.end = first + count
-        clusters = list(range(first, first + count))
+        clusters = [each for each in range(first, first + count) if not self.overlaps.what(each)]
+        if not clusters:
+            return
         self.held.update(clusters)
         if not self._block_offset(index):
             yield from self._new_block(index, clusters.pop(0))
@@ -265,6 +288,7 @@ class Allocator:
         # No credits are waited for here: the checkpoint may need the pool. The ring's slack covers the sectors.
         log.note_data()
         self.reftable.entries[index] = block.host_offset
+        self.overlaps.blocks.add(cluster)
         log.note_entry(self.reftable, index)
         self.cache.install(block)
         self.held.discard(cluster)
@@ -285,6 +309,8 @@ class Allocator:
         if table_clusters * size > MAX_REFTABLE_BYTES:
             raise OSError(errno.EFBIG, "the refcount table would pass 8 MiB")
         total = table_clusters + blocks
+        if any(self.overlaps.what(each) for each in range(first, first + total)):
+            raise OSError(errno.EFBIG, "something behind the end of the file is named already")
         yield Allocate(self.storage, first * size, total * size)
         old_clusters = range(old.host_offset // size, (old.host_offset + old.length) // size)
         for cluster in old_clusters:
@@ -313,6 +339,8 @@ class Allocator:
             for block in new_blocks:
                 self.cache.install(block)
             self.reftable = table
+            self.overlaps.blocks.update(block.host_offset // size for block in new_blocks)
+            self.overlaps.reftable = (first, first + table_clusters)
             self.header.data = set_refcount_table(self.header.data, table.host_offset, table_clusters)
             log.running.note_sector(0, self.header)
             log.running.forget_sectors(old.host_offset, old.length)

@@ -83,6 +83,7 @@ def bitmap_ranges(extension: bytes, geometry: Geometry, read: Reader, name: str)
 
 def _check_entry(entry: c.Container, geometry: Geometry, where: str) -> None:
     size = entry.table_entries * geometry.cluster_size
+    needed = -(-geometry.size // ((geometry.cluster_size * 8) << min(entry.granularity_bits, 31)))
     if (
         not entry.table_entries
         or not entry.table_offset
@@ -93,7 +94,8 @@ def _check_entry(entry: c.Container, geometry: Geometry, where: str) -> None:
         or entry.name_length > MAX_NAME
         or entry.type != 1
         or entry.extra_length
-        or (not entry.flags & _IN_USE and geometry.size > size * 8 << entry.granularity_bits)
+        # One that was in use at a crash may have any size: it is not valid anyway.
+        or (not entry.flags & _IN_USE and entry.table_entries != needed)
     ):
         raise ImageError(
             "impossible bitmap", where=where,

@@ -10,12 +10,15 @@
 
 Rules:
 
-* Counts and conditions are those of qemu (compared over hundreds of damaged images by `tests/test_check.py`,
-  which lists where we differ and why), but the order of work is not: an L2 table that n L1 tables name is read
-  once and counts n times, and a table of plain entries is taken as runs of clusters.
+* Counts and conditions are those of qemu 7.2: over 2,500 images damaged at random there was no difference but
+  one. An image whose header names a table behind the end of the file is refused here (exit code 1), while qemu
+  counts what is missing. `tests/test_check.py` compares anew, and knows of no other reason to differ.
+* The order of work is ours: an L2 table that n L1 tables name is read once and counts n times, and a table of
+  plain entries is taken as runs of clusters.
 * Nothing here trusts an offset, a length or a count. `Limit:` marks what bounds time and memory.
 
-Cost: an image of 1 TiB, all of it allocated, in about 8 s; an empty one in milliseconds.
+Cost, measured on 2 cores: 1 TiB, all of it allocated in order, 3.3 s and 80 MB; 64 GiB allocated in random
+order 1.7 s; an empty 1 TiB 0.2 s, which is the start of Python.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ MAX_L1_ENTRIES: Final = (32 << 20) // 8
 MEMORY_BASE: Final = 128 << 20
 MEMORY_PER_ENTRY: Final = 64
 """Limit: an honest image packs what it names closely and needs a few bytes for each entry of its L2 tables."""
-READ_SLACK: Final = 64 << 20
+READ_SLACK: Final = 8 << 20
 MAX_READ: Final = 16 << 30
 """Limit: tables do not overlap, so together they are no larger than the file; 16 GiB of L2 map 128 TiB."""
 
@@ -127,6 +130,9 @@ class _Check:
     def count_references(self) -> None:
         header = self.header
         self.refer(0, self.size, "header")
+        length = header.refcount_table_clusters * self.size
+        self.refer(header.refcount_table_offset, length, "refcount table")
+        self.reftable = table_from_bytes(self.read(header.refcount_table_offset, length))
         tables = self._l1(header.l1_offset, header.l1_entries, "active L1 table", active=True)
         active = Counter(tables)
         tables.update(self._snapshots())
@@ -139,9 +145,6 @@ class _Check:
                     "encryption header",
                 )  # fmt: skip
         self._bitmaps()
-        length = header.refcount_table_clusters * self.size
-        self.refer(header.refcount_table_offset, length, "refcount table")
-        self.reftable = table_from_bytes(self.read(header.refcount_table_offset, length))
         self._refcount_blocks()
 
     def _l1(self, offset: int, entries: int, what: str, *, active: bool = False) -> Counter[int]:
@@ -215,8 +218,8 @@ class _Check:
         data = self.read(offset, self.size)
         if data == self._zeros:
             return
-        # qemu's pass over the COPIED flags leaves out an L1 entry without an offset.
-        flags = active if offset else 0
+        # As in qemu, the COPIED flags of a table whose own refcount cannot be read are not looked at.
+        flags = active if offset and self._has_refcount(offset >> self.bits) else 0
         table = table_from_bytes(data)
         as_number = int.from_bytes(data, "big")
         entries = table
@@ -235,6 +238,11 @@ class _Check:
                 else [entry for entry in entries if entry & OFFSET_MASK]
             )
             self._l2_by_runs(used, times, active, flags)
+
+    def _has_refcount(self, cluster: int) -> bool:
+        """Whether the refcount of a cluster can be read; where there is no block it is zero."""
+        index = cluster // self.geometry.refcount_block_entries
+        return index >= len(self.reftable) or not self.reftable[index] & REFTABLE_OFFSET_MASK & (self.size - 1)
 
     def _subclusters_hold(self, entries: Iterable[int], bitmaps: Iterable[int]) -> bool:
         """Whether no bitmap contradicts itself or its entry."""
@@ -269,16 +277,14 @@ class _Check:
                     self.refer(at, size, "data cluster", times)
             start = end
 
-    def _l2_by_entry(
-        self, pairs: Iterable[tuple[int, int]], where: int, times: int, active: int, flags: int
-    ) -> None:
+    def _l2_by_entry(self, pairs: Iterable[tuple[int, int]], where: int, times: int, active: int, flags: int) -> None:
         report, bits = self.report, self.bits
         expected = 0
         for index, (entry, bitmap) in enumerate(pairs):
             if not entry and not bitmap:
                 continue
             self.memory.allowed += MEMORY_PER_ENTRY
-            what = f"L2 entry {entry:#x} (index {index} of the table at {where:#x})"
+            what = "" if report.is_full else f"L2 entry {entry:#x} (index {index} of the table at {where:#x})"
             if entry & OFLAG_COMPRESSED:
                 if entry & OFLAG_COPIED:
                     self.report.corrupt(f"{what}: COPIED must not be set for a compressed cluster", times)

@@ -8,6 +8,8 @@ from typing import Any, Final
 from ..errors import ImageError
 
 MAX_MESSAGES: Final = 200
+MAX_FAILURES: Final = 20
+"""Limit: what could not be checked is said even where findings have filled the messages."""
 
 
 class Incomplete(ImageError):
@@ -23,6 +25,7 @@ class CheckReport:
     check_errors: int = 0
     messages: list[str] = field(default_factory=list)
     messages_left_out: int = 0
+    failures: int = 0
     image_end_offset: int = 0
     """One past the last cluster in use, in bytes."""
     total_clusters: int = 0
@@ -59,7 +62,16 @@ class CheckReport:
     def fail(self, message: str, times: int = 1) -> None:
         """Count what could not be checked."""
         self.check_errors += times
-        self.say(f"ERROR {message}")
+        self.failures += 1
+        if self.failures <= MAX_FAILURES:
+            self.messages.append(f"ERROR {message}")
+        else:
+            self.messages_left_out += 1
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a message would only be counted: on the way of hostile tables nobody need write it."""
+        return len(self.messages) >= MAX_MESSAGES
 
     def say(self, message: str) -> None:
         """Keep a message, or count it where there are enough."""

@@ -7,7 +7,7 @@ Reading looks entries up in memory (`find`) and loads what is missing (`load_l2`
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import ImageError
 from ..format.tables import (
@@ -42,8 +42,12 @@ L2_COST_SECTORS = 4
 class Mapping:
     """The active L1 table and the L2 tables below it."""
 
-    def __init__(self, geometry: Geometry, l1: Table, cache: TableCache, *, name: str) -> None:
+    def __init__(
+        self, geometry: Geometry, l1: Table, cache: TableCache, *, name: str, ring: tuple[int, int] = (0, 0)
+    ) -> None:
         self.geometry, self.l1, self.cache, self.name = geometry, l1, cache, name
+        self.ring_low, self.ring_high = ring
+        """Host bytes of an attached journal: nobody is shown what lies there, least of all its UUID."""
         self.making: dict[int, Gate] = {}
         """L1 indexes whose table somebody is making ours."""
 
@@ -91,7 +95,18 @@ class Mapping:
                     "L2 entry is impossible", where=f"guest cluster {cluster} of {self.name}",
                     expected=f"a multiple of {self.geometry.cluster_size}, no reserved bits", found=hex(entry),
                 )  # fmt: skip
+            if self.ring_low <= entry & OFFSET_MASK < self.ring_high:
+                self._refuse_ring(cluster, entry)
+        elif self.ring_high:
+            offset, length = compressed_extent(entry, self.geometry.cluster_bits)
+            if offset < self.ring_high and offset + length > self.ring_low:
+                self._refuse_ring(cluster, entry)
         return entry, bitmap
+
+    def _refuse_ring(self, cluster: int, entry: int) -> NoReturn:
+        raise ImageError(
+            "L2 entry names the journal", where=f"guest cluster {cluster} of {self.name}", found=hex(entry)
+        )
 
     def kind(self, entry: int, bitmap: int) -> int:
         """What an entry says of the whole cluster. With extended L2, NORMAL only where all is allocated."""
@@ -138,12 +153,14 @@ class Mapping:
     # ---- changing
 
     def own_l2(
-        self, cluster: int, storage: Storage, log: Log, allocator: Allocator, *, token: bool
+        self, cluster: int, storage: Storage, log: Log, allocator: Allocator, *, token: bool, bad: bool = False
     ) -> Operation[tuple[Table, bool]]:
         """The L2 table of a guest cluster, ours alone and pinned; and whether the token was used.
 
         A table that is missing is made, one that a snapshot shares is copied. Raises ImageError, OSError,
         RequestError (ENOSPC). The caller holds credits for L2_COST_SECTORS, and unpins the table.
+
+        A table that lies on other metadata (overlap.py) is copied as well, and keeps the reference it had.
         """
         index = cluster // self.geometry.l2_entries
         while gate := self.making.get(index):
@@ -153,7 +170,7 @@ class Mapping:
             old = yield from self.load_l2(cluster)
             if old is not None:
                 old.pins += 1
-                if self.l1.entries[index] & OFLAG_COPIED:
+                if self.l1.entries[index] & OFLAG_COPIED and not bad:
                     return old, False
                 old.pins -= 1
                 block = yield from allocator.load_block(old.host_offset >> self.geometry.cluster_bits)
@@ -180,10 +197,13 @@ class Mapping:
                     allocator.raise_new(host)
                     self.l1.entries[index] = table.host_offset | OFLAG_COPIED
                     log.note_entry(self.l1, index)
-                    if old is not None and allocator.drop(old.host_offset >> self.geometry.cluster_bits):
-                        log.running.forget_sectors(old.host_offset, old.length)
-                        log.running.note_host_revoke(old.host_offset, old.length)
-                        self.cache.forget(old.host_offset)
+                    allocator.overlaps.add_table(host)
+                    if old is not None and not bad:
+                        allocator.overlaps.drop_table(old.host_offset >> self.geometry.cluster_bits)
+                        if allocator.drop(old.host_offset >> self.geometry.cluster_bits):
+                            log.running.forget_sectors(old.host_offset, old.length)
+                            log.running.note_host_revoke(old.host_offset, old.length)
+                            self.cache.forget(old.host_offset)
             finally:
                 if not linked:
                     # The caller still counts on its token.
@@ -209,23 +229,28 @@ class Mapping:
             table.entries[index] = entry
         log.note_entry(table, index)
 
-    def link(self, table: Table, cluster: int, host: int, log: Log, allocator: Allocator) -> None:
+    def link(
+        self, table: Table, cluster: int, host: int, log: Log, allocator: Allocator, *, drop: bool = True
+    ) -> None:
         """Let a guest cluster live in host cluster `host`, all of it; drop what it referred to before.
 
         `host` is reserved, or the cluster that the entry already names. All refcount blocks are pinned.
         """
-        old, _ = self.find(cluster)
+        old, _ = self.find(cluster) if drop else (0, 0)
         entry = host << self.geometry.cluster_bits | OFLAG_COPIED
         # Order: the refcount joins the transaction with the L2 entry, in one hold: a transaction that held the
         # entry alone would, replayed, name a cluster the allocator thinks free.
         if old & OFLAG_COMPRESSED or old & OFFSET_MASK != entry & OFFSET_MASK:
             allocator.raise_new(host)
-            self.drop_references(old, allocator)
+            if drop:
+                self.drop_references(old, allocator)
         self.set_entry(table, cluster, entry, ALL_SUBCLUSTERS if self.geometry.extended_l2 else 0, log)
 
-    def unlink(self, table: Table, cluster: int, *, zero: bool, keep: bool, log: Log, allocator: Allocator) -> None:
+    def unlink(
+        self, table: Table, cluster: int, *, zero: bool, keep: bool, log: Log, allocator: Allocator, drop: bool = True
+    ) -> None:
         """Make a guest cluster unallocated, or zero; `keep` leaves its host cluster with it (zero allocated)."""
-        old, old_bitmap = self.find(cluster)
+        old, old_bitmap = self.find(cluster) if drop else (-1, 0)
         if keep and self.kind(old, old_bitmap) in (NORMAL, ZERO_ALLOC):
             # A cluster that is kept says zero itself: without the flag it would show its old content.
             offset, zero = old & (OFFSET_MASK | OFLAG_COPIED), True
@@ -237,7 +262,7 @@ class Mapping:
             entry, bitmap = offset | (OFLAG_ZERO if zero else 0), 0
         if (entry, bitmap) == (old, old_bitmap):
             return
-        if not offset:
+        if not offset and drop:
             self.drop_references(old, allocator)
         self.set_entry(table, cluster, entry, bitmap, log)
 

@@ -91,13 +91,11 @@ class RefcountBlock(Table):
         mask = ((1 << (1 << self.order)) - 1) << (bit & 7)
         self.data[bit >> 3] = self.data[bit >> 3] & ~mask | value << (bit & 7)
 
-    def zero_runs(self, entries: int) -> list[tuple[int, int]]:
-        """(first, end) runs of entries that are zero, among the first `entries`."""
+    def zero_runs(self, first: int, end: int) -> list[tuple[int, int]]:
+        """(first, end) runs of entries that are zero, among those from `first` to `end`."""
         runs: list[tuple[int, int]] = []
-        if not any(self.data):
-            return [(0, entries)]
         start = -1
-        for index in range(entries):
+        for index in range(first, end):
             if self.get(index):
                 if start >= 0:
                     runs.append((start, index))
@@ -105,7 +103,7 @@ class RefcountBlock(Table):
             elif start < 0:
                 start = index
         if start >= 0:
-            runs.append((start, entries))
+            runs.append((start, end))
         return runs
 
 

@@ -1,0 +1,103 @@
+"""Which host clusters hold metadata, so that nothing else is ever written there. Spec: "Host cluster management".
+
+A healthy image names each cluster once. In a damaged or hostile one an L2 entry may name the header, the ring, a
+table; following it with a write would destroy the image. So whoever is about to write in place, to change a table
+or to drop a reference asks here first (`changes.Prepared`), and the allocator never hands out what is known here.
+
+    in place     an L2 entry names metadata, or a cluster without a refcount: the write is refused
+    L2 table     it lies on other metadata, two L1 entries name it, or it has no refcount: likewise
+    refcount block  it lies on other metadata, or two entries name it: taken as not there, so all that it counts
+                 has no refcount, is never freed and never handed out
+
+What is not seen without counting all references (two L2 entries with one data cluster) is `check`'s to find.
+
+Crash: nothing here is on disk. A mark that a cut took away is made again when the damage is met again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..errors import ImageError
+from ..format.tables import OFFSET_MASK, REFTABLE_OFFSET_MASK
+from ..geometry import Geometry
+
+
+class Overlaps:
+    """The metadata of an image by host cluster. Kept up by whoever moves a table."""
+
+    def __init__(self, geometry: Geometry, *, ring: tuple[int, int], l1: tuple[int, int], name: str) -> None:
+        """`ring` and `l1` are half-open ranges of host clusters."""
+        self.bits, self.name = geometry.cluster_bits, name
+        self.ring, self.l1, self.reftable = ring, l1, (0, 0)
+        self.tables: set[int] = set()
+        """Clusters of active L2 tables."""
+        self.blocks: set[int] = set()
+        self.counted: set[int] = set()
+        """Clusters of L2 tables that were seen to have a refcount: whoever changes a table asks once."""
+        self.bad_tables: set[int] = set()
+        self.bad_blocks: set[int] = set()
+
+    def read(self, reftable: tuple[int, int], blocks: Iterable[int], tables: Iterable[int]) -> None:
+        """Take in the refcount table's range of clusters, its entries, and those of the L1 table.
+
+        Raises ImageError where the tables that everything hangs on lie on each other.
+        """
+        self.reftable = reftable
+        ranges = [("header", (0, 1)), ("journal", self.ring), ("L1 table", self.l1), ("refcount table", reftable)]
+        ranges = [(what, (low, high)) for what, (low, high) in ranges if low < high]
+        for index, (what, (low, high)) in enumerate(ranges):
+            for other, (from_, to) in ranges[:index]:
+                if low < to and from_ < high:
+                    raise ImageError(
+                        f"the {what} lies on the {other}; qemu-img check -r all may mend it, reading may go on with "
+                        "--read-only", where=self.name, found=f"host clusters {low} to {high}, {from_} to {to}",
+                    )  # fmt: skip
+        for entry in filter(None, blocks):
+            offset = entry & REFTABLE_OFFSET_MASK
+            cluster = offset >> self.bits
+            if entry != offset or offset & ((1 << self.bits) - 1) or cluster in self.blocks or self._fixed(cluster):
+                self.bad_blocks.add(cluster)
+            self.blocks.add(cluster)
+        for entry in filter(None, tables):
+            cluster = (entry & OFFSET_MASK) >> self.bits
+            if cluster in self.tables or cluster in self.blocks or self._fixed(cluster):
+                self.bad_tables.add(cluster)
+            if cluster in self.blocks:
+                self.bad_blocks.add(cluster)
+            self.tables.add(cluster)
+
+    def _fixed(self, cluster: int) -> str:
+        if cluster == 0:
+            return "the header"
+        for what, (low, high) in (
+            ("the journal", self.ring), ("the active L1 table", self.l1), ("the refcount table", self.reftable),
+        ):  # fmt: skip
+            if low <= cluster < high:
+                return what
+        return ""
+
+    def what(self, cluster: int) -> str:
+        """What metadata a host cluster is; empty where it is none that is known."""
+        if cluster in self.tables:
+            return "an L2 table"
+        if cluster in self.blocks:
+            return "a refcount block"
+        return self._fixed(cluster)
+
+    def add_table(self, cluster: int) -> None:
+        """A new L2 table, which has a refcount."""
+        self.tables.add(cluster)
+        self.counted.add(cluster)
+
+    def drop_table(self, cluster: int) -> None:
+        """The L1 table no longer names it."""
+        self.tables.discard(cluster)
+        self.counted.discard(cluster)
+
+    def what_else(self, table_offset: int) -> str:
+        """What an L2 table's cluster is besides; empty where it is that table alone."""
+        cluster = table_offset >> self.bits
+        if cluster not in self.bad_tables:
+            return ""
+        return self._fixed(cluster) or ("a refcount block" if cluster in self.blocks else "another L2 table")
