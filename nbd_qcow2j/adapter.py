@@ -164,7 +164,7 @@ def after_fork() -> None:
         share_cpu(_options.cpu)
         _device.start()
         if _metrics is not None:
-            _metrics.serve(_device.statistics, OPERATIONS)
+            _metrics.serve(_device.statistics, OPERATIONS, in_flight)
         _socket_file = SocketFile(_options.remove_socket)
         # Should nbdkit end without `cleanup`, Python's own end is the last chance to detach.
         atexit.register(_close)

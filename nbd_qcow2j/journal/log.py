@@ -57,8 +57,10 @@ class Log:
         self.on_pressure: Callable[[], object] = lambda: None
         """Called when somebody waits for the tail: wake the checkpoint."""
         self.on_stale: Callable[[int], object] = lambda host_offset: None
-        self.commits = self.commit_bytes = self.commit_pages = 0
-        self.observe_commit: Callable[[int, int], object] = lambda pages, length: None
+        self.commits = self.commit_bytes = 0
+        self.begin_commit: Callable[[], object] = lambda: None
+        self.end_commit: Callable[[int], object] = lambda pages: None
+        """Told when a commit begins, and when it has written so many pages: whoever times them has a clock."""
 
     # ---- the latch
 
@@ -154,6 +156,7 @@ class Log:
     def commit(self) -> Operation[None]:
         """Commit the running transaction. Call only while none is committing. Raises DeviceFailed."""
         assert self.committing is None
+        self.begin_commit()
         transaction = self.running
         self.committing = transaction
         self.running = Transaction(transaction.number + 1, self.geometry.page_size)
@@ -235,8 +238,7 @@ class Log:
             self.ring.transactions.append(entry)
             self.commits += 1
             self.commit_bytes += encoded.length
-            self.commit_pages += len(transaction.pages)
-            self.observe_commit(len(transaction.pages), encoded.length)
+            self.end_commit(len(transaction.pages))
         if transaction.freed:
             self.epochs.retire(transaction.freed)
         self.commit_gate.open()
