@@ -371,13 +371,17 @@ def cache(device: Device, count: int, offset: int, flags: int) -> None:
 
 
 def extents(device: Device, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
-    """(offset, length, type) of each piece of the range: a hole has no cluster, zeros need not be read."""
+    """(offset, length, type) of each piece of the range: zeros need not be read, and may have no cluster.
+
+    Data in the backing file is data, as qemu-nbd has it too: qemu takes a hole that does not read as zeros for
+    nothing at all, and would not copy it.
+    """
     started = perf_counter_ns()
     found = []
     position = offset
     try:
         for extent in device.extents(offset, count):
-            kind = (0 if extent.allocated else _HOLE) | (_ZERO if extent.zero else 0)
+            kind = 0 if not extent.zero else _ZERO if extent.allocated else _HOLE | _ZERO
             found.append((position, extent.length, kind))
             position += extent.length
     except BaseException as error:
