@@ -29,7 +29,7 @@ from .driver import Device, open_device
 from .errors import Error
 from .lifecycle import SocketFile, StartGuard, Stopper, share_cpu
 from .metrics import MetricsServer, start_metrics
-from .options import Options, describe_options, parse_options
+from .options import UNITS, Options, describe_options, parse_options
 
 # The errnos that NBD can tell a client apart; anything else is EIO.
 _TOLD = frozenset(
@@ -119,6 +119,7 @@ def dump_plugin() -> None:
     """The keys, for `nbdkit --dump-plugin`, which is all the help nbdkit lets a Python plugin give."""
     for key, metavar, text in describe_options():
         print(f"nbd_qcow2j_{key.replace('-', '_')}={key}={metavar}: {text}")
+    print(f"nbd_qcow2j_units={UNITS}")
     sys.stdout.flush()
 
 

@@ -209,7 +209,9 @@ def test_without_a_place_to_listen_or_with_two_the_usage_is_shown(image: Path) -
 
 def test_the_help_says_what_the_units_are() -> None:
     helped = " ".join(run(PROGRAM, "serve", "--help").stdout.split())
-    assert "SIZE is in bytes, or with K, M, G or T in powers of 1024; SECONDS may also be written as 500ms" in helped
+    units = "SIZE is in bytes, or with K, M, G or T in powers of 1024; SECONDS may also be written as 500ms"
+    assert units in helped
+    assert f"nbd_qcow2j_units={units}\n" in run("nbdkit", "--dump-plugin", "python", PLUGIN).stdout
 
 
 # ---- Paths, daemons, sockets ------------------------------------------------------------------------

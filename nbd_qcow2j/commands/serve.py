@@ -24,7 +24,7 @@ from urllib.parse import quote
 from ..errors import Error, ImageError, OptionError
 from ..format.header import check_usable, parse_header
 from ..image.backing import open_backing
-from ..options import Options, describe_options, parse_address, parse_options
+from ..options import UNITS, Options, describe_options, parse_address, parse_options
 from ..storage import FileStorage
 
 # nbdkit's threads for each connection. On one CPU (lifecycle.py) the number hardly matters to small reads: 44k to
@@ -51,8 +51,7 @@ def add_parser(subparsers: Any) -> None:
         "serve",
         help="serve an image over NBD",
         description="Serve IMAGE over NBD, in the foreground until SIGTERM or Ctrl-C.",
-        epilog="SIZE is in bytes, or with K, M, G or T in powers of 1024; SECONDS may also be written as 500ms. "
-        "What follows -- goes to nbdkit, such as --tls=require or --filter=log logfile=/tmp/log.",
+        epilog=f"{UNITS}. What follows -- goes to nbdkit, such as --tls=require or --filter=log logfile=/tmp/log.",
         usage="nbd-qcow2j serve IMAGE (--socket PATH | --port N) [options] [-- nbdkit options]",
     )
     parser.add_argument("image", metavar="IMAGE", help="the qcow2 image to serve")
