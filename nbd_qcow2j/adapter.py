@@ -29,7 +29,7 @@ from .driver import Device, open_device
 from .errors import Error
 from .lifecycle import SocketFile, StartGuard, Stopper, share_cpu
 from .metrics import MetricsServer, start_metrics
-from .options import Options, describe_options, parse_options
+from .options import UNITS, Options, describe_options, parse_options
 
 # The errnos that NBD can tell a client apart; anything else is EIO.
 _TOLD = frozenset(
@@ -119,6 +119,7 @@ def dump_plugin() -> None:
     """The keys, for `nbdkit --dump-plugin`, which is all the help nbdkit lets a Python plugin give."""
     for key, metavar, text in describe_options():
         print(f"nbd_qcow2j_{key.replace('-', '_')}={key}={metavar}: {text}")
+    print(f"nbd_qcow2j_units={UNITS}")
     sys.stdout.flush()
 
 
@@ -164,7 +165,7 @@ def after_fork() -> None:
         share_cpu(_options.cpu)
         _device.start()
         if _metrics is not None:
-            _metrics.serve(_device.statistics, OPERATIONS)
+            _metrics.serve(_device.statistics, OPERATIONS, in_flight)
         _socket_file = SocketFile(_options.remove_socket)
         # Should nbdkit end without `cleanup`, Python's own end is the last chance to detach.
         atexit.register(_close)
@@ -373,13 +374,17 @@ def cache(device: Device, count: int, offset: int, flags: int) -> None:
 
 
 def extents(device: Device, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
-    """(offset, length, type) of each piece of the range: a hole has no cluster, zeros need not be read."""
+    """(offset, length, type) of each piece of the range: zeros need not be read, and may have no cluster.
+
+    Data in the backing file is data, as qemu-nbd has it too: qemu takes a hole that does not read as zeros for
+    nothing at all, and would not copy it.
+    """
     started = perf_counter_ns()
     found = []
     position = offset
     try:
         for extent in device.extents(offset, count):
-            kind = (0 if extent.allocated else _HOLE) | (_ZERO if extent.zero else 0)
+            kind = 0 if not extent.zero else _ZERO if extent.allocated else _HOLE | _ZERO
             found.append((position, extent.length, kind))
             position += extent.length
     except BaseException as error:

@@ -25,7 +25,7 @@ from .image.backing import Extent, open_backing
 from .locks import READER, WRITER
 from .opening import detach, open_disk, read_header
 from .options import Options
-from .steps import Buffer, Operation, Pause, Sync, Wait, WriteSync, run_simply
+from .steps import Buffer, Operation, Pause, Sync, Wait, run_simply
 from .storage import FileStorage, Storage
 from .writer import Writer
 
@@ -43,7 +43,7 @@ class Runner:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.commits, self.fsyncs = Histogram(), Histogram()
+        self.fsyncs = Histogram()
 
     def run(self, operation: Operation[T]) -> T:
         """Run an operation to its end in this thread. Raises what it raises."""
@@ -69,11 +69,10 @@ class Runner:
                     continue
                 lock.release()
                 try:
-                    if isinstance(step, Sync | WriteSync):
+                    if isinstance(step, Sync):
                         started = time.perf_counter_ns()
-                        result = step.perform()
-                        seen = self.fsyncs if isinstance(step, Sync) else self.commits
-                        seen.observe(time.perf_counter_ns() - started)
+                        step.perform()
+                        self.fsyncs.observe(time.perf_counter_ns() - started)
                     elif isinstance(step, Pause):
                         # Not zero: a thread that gives the interpreter lock away and takes it at once was never away.
                         time.sleep(PAUSE_SECONDS)
@@ -109,8 +108,10 @@ class Device:
         self._writer: Writer | None = None
         self._commit_pages = Histogram(BOUNDS_PAGES, scale=1)
         self._checkpoint_seconds = Histogram()
-        self._pending_since: float | None = None
-        disk.log.observe_commit = lambda pages, length: self._commit_pages.observe(pages)
+        self._commit_seconds = Histogram()
+        self._commit_started = 0
+        disk.log.begin_commit, disk.log.end_commit = self._begin_commit, self._end_commit
+        disk.pending.start_clock(time.monotonic)
         self._closed = False
         # From here on a write is followed by a closer look at how full things are.
         self._commit_size = options.commit_size
@@ -244,17 +245,11 @@ class Device:
         disk, log = self.disk, self.disk.log
         with self._lock:
             state = "read-only" if self.read_only else "failed" if log.failed is not None else "serving"
-            pending = disk.pending.size_bytes
-            since = self._pending_since
-            if not pending:
-                self._pending_since = None
-            elif since is None:
-                self._pending_since = since = time.monotonic()
             return Statistics(
                 state=state, journal_size_bytes=0 if self.read_only else log.ring.length,
-                journal_used_bytes=log.ring.used, pending_bytes=pending,
-                oldest_pending_seconds=time.monotonic() - since if pending and since is not None else 0.0,
-                commits=log.commits, commit_bytes=log.commit_bytes, commit_seconds=self._runner.commits.snapshot(),
+                journal_used_bytes=log.ring.used, pending_bytes=disk.pending.size_bytes,
+                oldest_pending_seconds=disk.pending.oldest_age(),
+                commits=log.commits, commit_bytes=log.commit_bytes, commit_seconds=self._commit_seconds.snapshot(),
                 commit_pages=self._commit_pages.snapshot(), fsync_seconds=self._runner.fsyncs.snapshot(),
                 checkpoints=disk.checkpoints, checkpoint_clusters=disk.checkpoint_clusters,
                 checkpoint_bytes=disk.checkpoint_bytes, checkpoint_seconds=self._checkpoint_seconds.snapshot(),
@@ -264,6 +259,14 @@ class Device:
             )  # fmt: skip
 
     # ---- inside
+
+    def _begin_commit(self) -> None:
+        # One at a time, and in a hold of the lock at either end.
+        self._commit_started = time.perf_counter_ns()
+
+    def _end_commit(self, pages: int) -> None:
+        self._commit_seconds.observe(time.perf_counter_ns() - self._commit_started)
+        self._commit_pages.observe(pages)
 
     def _check_writable(self, offset: int, length: int) -> None:
         if self.read_only:

@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -42,8 +43,13 @@ def _cumulative(snapshot: Snapshot) -> list[tuple[str, float]]:
 class DeviceCollector(Collector):
     """Renders the state of one device."""
 
-    def __init__(self, statistics: Callable[[], Statistics], operations: Mapping[str, OperationCounters]) -> None:
-        self.statistics, self.operations = statistics, operations
+    def __init__(
+        self,
+        statistics: Callable[[], Statistics],
+        operations: Mapping[str, OperationCounters],
+        in_flight: Callable[[], Mapping[str, int]],
+    ) -> None:
+        self.statistics, self.operations, self.in_flight = statistics, operations, in_flight
 
     def collect(self) -> Iterable[Metric]:
         yield from self._operations()
@@ -62,7 +68,12 @@ class DeviceCollector(Collector):
             errors.add_metric([name], counters.errors)
             snapshot = counters.snapshot()
             latency.add_metric([name], _cumulative(snapshot), snapshot.total)
-        yield from (requests, size, errors, latency)
+        under_way = GaugeMetricFamily(
+            "nbd_qcow2j_requests_in_flight", "Requests that are being answered now.", labels=["operation"]
+        )
+        for name, count in self.in_flight().items():
+            under_way.add_metric([name], count)
+        yield from (requests, size, errors, latency, under_way)
 
     def _device(self, now: Statistics) -> Iterable[Metric]:
         counters = {
@@ -82,13 +93,19 @@ class DeviceCollector(Collector):
             "journal_size_bytes": ("Size of the ring.", now.journal_size_bytes),
             "journal_used_bytes": ("Bytes of the ring that are still needed.", now.journal_used_bytes),
             "pending_bytes": ("Guest data that has no home yet.", now.pending_bytes),
-            "oldest_pending_age_seconds": ("Since when there is pending data.", now.oldest_pending_seconds),
+            "oldest_pending_age_seconds": (
+                "Since when the cluster that waits longest has had data without a home.",
+                now.oldest_pending_seconds,
+            ),
             "pool_clusters": ("Free host clusters ready to be handed out.", now.pool_clusters),
         }
         for name, (text, level) in gauges.items():
             yield GaugeMetricFamily(f"nbd_qcow2j_{name}", text, value=level)
         histograms = {
-            "commit_duration_seconds": ("Time of a commit.", now.commit_seconds),
+            "commit_duration_seconds": (
+                "Time from closing a transaction to its being durable in the journal.",
+                now.commit_seconds,
+            ),
             "commit_pages": ("Pages in a transaction: the batch size.", now.commit_pages),
             "fsync_duration_seconds": ("Time of an fdatasync of the image.", now.fsync_seconds),
             "checkpoint_duration_seconds": ("Time of a round of the checkpoint.", now.checkpoint_seconds),
@@ -129,15 +146,23 @@ class MetricsServer:
             def log_message(self, format: str, *args: Any) -> None:
                 """Scrapes are not worth a line each."""
 
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._http = type("_Server", (ThreadingHTTPServer,), {"address_family": family, "daemon_threads": True})(
-            (host, port), Handler
-        )
+        class Server(ThreadingHTTPServer):
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            daemon_threads = True
+            # HTTPServer's own asks the DNS for the name of the host, and a start may not wait for that.
+            server_bind = TCPServer.server_bind
+
+        self._http = Server((host, port), Handler)
         self._thread: threading.Thread | None = None
 
-    def serve(self, statistics: Callable[[], Statistics], operations: Mapping[str, OperationCounters]) -> None:
+    def serve(
+        self,
+        statistics: Callable[[], Statistics],
+        operations: Mapping[str, OperationCounters],
+        in_flight: Callable[[], Mapping[str, int]],
+    ) -> None:
         """Answer scrapes from now on, in a thread of its own."""
-        self.registry.register(DeviceCollector(statistics, operations))
+        self.registry.register(DeviceCollector(statistics, operations, in_flight))
         self._thread = threading.Thread(target=self._http.serve_forever, name="metrics", daemon=True)
         self._thread.start()
 

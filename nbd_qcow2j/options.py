@@ -260,6 +260,9 @@ def parse_options(pairs: Iterable[tuple[str, str]]) -> Options:
     return Options(**values)
 
 
+UNITS = "SIZE is in bytes, or with K, M, G or T in powers of 1024; SECONDS may also be written as 500ms"
+
+
 def describe_options() -> Iterator[tuple[str, str, str]]:
     """(key, how its value is written, what it is for with default and bounds), for each option."""
     for key, option in OPTIONS.items():

@@ -9,6 +9,7 @@ pending: the checkpoint takes the oldest first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .geometry import Geometry
@@ -35,6 +36,10 @@ class PendingPages:
         self.per_cluster = geometry.pages_per_cluster
         self.zero_page = bytes(geometry.page_size)
         self.clusters: dict[int, dict[int, Page]] = {}
+        self.since: dict[int, float] = {}
+        """guest cluster -> when it became pending, in the same order as `clusters`."""
+        self.clock: Callable[[], float] = lambda: 0.0
+        """The driver's: nothing here depends on the time, it is noted for whoever asks how old the oldest is."""
         self.count = 0
 
     @property
@@ -50,6 +55,7 @@ class PendingPages:
         cluster = self.clusters.get(number)
         if cluster is None:
             cluster = self.clusters[number] = {}
+            self.since[number] = self.clock()
         if index not in cluster:
             self.count += 1
         cluster[index] = page
@@ -63,5 +69,15 @@ class PendingPages:
         self.count -= 1
         if cluster:
             return False
-        del self.clusters[number]
+        del self.clusters[number], self.since[number]
         return True
+
+    def start_clock(self, clock: Callable[[], float]) -> None:
+        """From now on ages are known; what was replayed from a journal is as old as this moment."""
+        self.clock = clock
+        self.since = dict.fromkeys(self.clusters, clock())
+
+    def oldest_age(self) -> float:
+        """Seconds since the cluster that waits longest became pending; 0 when none waits."""
+        first = next(iter(self.since.values()), None)
+        return 0.0 if first is None else self.clock() - first

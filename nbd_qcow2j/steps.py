@@ -147,6 +147,18 @@ class FileSize(Step):
         return self.storage.size()
 
 
+class DataRuns(Step):
+    """Send back (length, whether it may hold data) of the pieces of a range; what may not reads as zeros."""
+
+    __slots__ = ("length", "offset", "storage")
+
+    def __init__(self, storage: Storage, offset: int, length: int) -> None:
+        self.storage, self.offset, self.length = storage, offset, length
+
+    def perform(self) -> list[tuple[int, bool]]:
+        return self.storage.data_runs(self.offset, self.length)
+
+
 class Compute(Step):
     """Call a function of no arguments that takes long and touches no shared state (inflate)."""
 

@@ -47,6 +47,10 @@ UNSUPPORTED: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV})
 _ZEROS = bytes(1 << 20)
 
 
+MOST_RUNS = 4096
+"""Pieces that `data_runs` tells apart; what comes after them may hold data for all it knows."""
+
+
 class Storage(Protocol):
     """What the engine asks of a disk. Offsets and lengths are bytes, any alignment."""
 
@@ -81,6 +85,9 @@ class Storage(Protocol):
 
     def size(self) -> int:
         """Length of the file in bytes."""
+
+    def data_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """(length, whether it may hold data) of the pieces of a range; what may not is a hole, or past the end."""
 
     def start_writeback(self, offset: int, length: int) -> None:
         """Begin to write the range out, without waiting. A hint; but an error it meets is a lost write."""
@@ -214,6 +221,30 @@ class FileStorage:
     def size(self) -> int:
         # lseek, not fstat: it knows the length of a block device as well, and nobody uses the position.
         return os.lseek(self._fd, 0, os.SEEK_END)
+
+    def data_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        found: list[tuple[int, bool]] = []
+        end = offset + length
+        while offset < end:
+            try:
+                data = min(end, os.lseek(self._fd, offset, os.SEEK_DATA))
+                hole = min(end, os.lseek(self._fd, data, os.SEEK_HOLE)) if data < end else end
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    # No data from here to the end of the file.
+                    data, hole = end, end
+                elif error.errno in UNSUPPORTED or error.errno == errno.EINVAL:
+                    data, hole = offset, end
+                else:
+                    raise
+            if len(found) >= MOST_RUNS:
+                data, hole = offset, end
+            if data > offset:
+                found.append((data - offset, False))
+            if hole > data:
+                found.append((hole - data, True))
+            offset = hole
+        return found
 
     def start_writeback(self, offset: int, length: int) -> None:
         if length and _libc.sync_file_range(self._fd, offset, length, SYNC_FILE_RANGE_WRITE) != 0:

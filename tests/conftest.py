@@ -97,8 +97,10 @@ class Server:
         if not self.daemon:
             return self.process.poll() is None
         try:
-            # A daemon whose new parent has not yet looked is a zombie.
-            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+            # A daemon whose new parent has not yet looked is a zombie; while one of its threads is not gone, it
+            # still holds its files and their locks.
+            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            return state != "Z" or len(list(Path(f"/proc/{self.pid}/task").iterdir())) > 1
         except OSError:
             return False
 

@@ -286,6 +286,10 @@ class SimStorage:
         self._enter("size", 0, 0)
         return self.disk.current_size
 
+    def data_runs(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        self._enter("data_runs", offset, length)
+        return [(length, True)]
+
     def start_writeback(self, offset: int, length: int) -> None:
         self._enter("start_writeback", offset, length)
 

@@ -100,6 +100,120 @@ def test_a_bad_image_is_one_clear_line(not_images: dict[str, Path], short_path: 
     assert not (short_path / "s").exists()
 
 
+def refused_by_both(image: Path, path: Path, *options: str, **how: Any) -> tuple[str, str]:
+    """What `serve` and plain nbdkit say about an image that cannot be served: a line each that names the file."""
+    keys = [f"{key.removeprefix('--')}={value}" for key, value in zip(options[::2], options[1::2], strict=True)]
+    said = (
+        refused(PROGRAM, "serve", image, "--socket", path, *options, **how),
+        refused("nbdkit", "-f", "-U", path, "python", PLUGIN, f"file={image}", *keys, **how),
+    )
+    assert not path.exists()
+    return said
+
+
+def test_a_version_2_image_is_refused_for_writing_with_the_line_that_mends_it(
+    make_image: Callable[..., Path], short_path: Path
+) -> None:
+    image = make_image(compat="0.10")
+    for said in refused_by_both(image, short_path / "s"):
+        assert said.endswith(f"which can only be read: qemu-img amend -f qcow2 -o compat=1.1 {image}")
+    run(*refused_by_both(image, short_path / "s")[0].rpartition(": ")[2].split())
+    assert "version 2" not in refused(PROGRAM, "serve", image, "--socket", short_path / "no" / "s")
+
+
+def test_a_backing_file_that_is_not_there_is_named_before_anything_is_said_to_be_served(
+    make_image: Callable[..., Path], short_path: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "base").write_bytes(bytes(1 << 20))
+    image = make_image(size="1M", backing_file="base", backing_fmt="raw")
+    (tmp_path / "base").unlink()
+    for said in refused_by_both(image, short_path / "s"):
+        assert said.endswith(f"backing file {tmp_path / 'base'} cannot be opened: No such file or directory")
+    for said in refused_by_both(image, short_path / "s", "--backing", "deny"):
+        assert said.endswith("has a backing file (base), and backing=deny refuses one")
+    assert run(PROGRAM, "serve", image, "--socket", short_path / "s", check=False).stdout == ""
+    assert not is_attached(image)
+
+
+def test_an_image_that_qemu_writes_is_refused_and_qemu_named(image: Path, short_path: Path) -> None:
+    words = ["qemu-io", "-f", "qcow2", str(image)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as qemu:
+        assert qemu.stdin is not None
+        assert qemu.stdout is not None
+        qemu.stdin.write("write 0 512\n")
+        qemu.stdin.flush()
+        while "wrote 512/512" not in (line := qemu.stdout.readline()):
+            assert line
+        for said in refused_by_both(image, short_path / "s"):
+            assert f"{image} is in use: qemu" in said
+        qemu.communicate("quit\n")
+    assert not is_attached(image)
+
+
+def test_who_may_not_write_is_told_so_and_of_read_only(image: Path, short_path: Path) -> None:
+    # Root may do everything, so nobody is asked.
+    how = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+    if run(sys.executable, "-c", "import nbd_qcow2j.cli", check=False, cwd="/", **how).returncode:
+        pytest.skip("the tree may not be read by others")
+    short_path.chmod(0o755)
+    there = short_path / "disk.qcow2"
+    there.write_bytes(image.read_bytes())
+    there.chmod(0o444)
+    said, by_nbdkit = refused_by_both(there, short_path / "s", cwd="/", **how)
+    assert said == f"nbd-qcow2j: {there}: Permission denied; --read-only needs less"
+    assert f"{there}: Permission denied; read-only=true needs only" in by_nbdkit
+    if how:
+        there.chmod(0o666)
+        said = refused(PROGRAM, "serve", there, "--socket", short_path / "s", cwd="/", **how)
+        assert said == f"nbd-qcow2j: option socket: no permission to make a file in {short_path}"
+        assert not is_attached(there)
+
+
+def test_an_image_on_a_read_only_file_system_is_refused_with_the_reason(image: Path, short_path: Path) -> None:
+    mount = short_path / "m"
+    mount.mkdir()
+    for command in (
+        f"{PROGRAM} serve {mount}/i --socket {short_path}/s",
+        f"nbdkit -f -U {short_path}/s python {PLUGIN} file={mount}/i",
+    ):
+        made = f"mount -t tmpfs none {mount} && cp {image} {mount}/i && mount -o remount,ro {mount}"
+        script = f"{made} || exit 77; {command}"
+        done = run("unshare", "-m", "sh", "-c", script, check=False, timeout=30)
+        if "unshare" in done.stderr or done.returncode == 77:
+            pytest.skip("no mounts here")
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert f"{mount}/i: Read-only file system; " in done.stderr
+        assert "read-only" in done.stderr
+
+
+def test_a_pid_file_that_cannot_be_written_is_refused_before_the_daemon_is_silent(
+    image: Path, short_path: Path
+) -> None:
+    # nbdkit writes it when it is in the background: the daemon would be gone without a word, the journal attached.
+    words = (PROGRAM, "serve", image, "--socket", short_path / "s", "--daemonize", "--pid-file")
+    said = refused(*words, short_path / "no" / "pid")
+    assert said == f"nbd-qcow2j: option pid-file: the directory of {short_path / 'no' / 'pid'} does not exist"
+    assert refused(*words, short_path) == f"nbd-qcow2j: option pid-file: {short_path} is a directory"
+    assert not is_attached(image)
+
+
+def test_without_a_place_to_listen_or_with_two_the_usage_is_shown(image: Path) -> None:
+    for words in ([], ["--socket", "s", "--port", "10809"], ["--socket", "s", "--bogus"]):
+        done = run(PROGRAM, "serve", image, *words, check=False)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 2
+        assert done.stderr.startswith("usage: nbd-qcow2j ")
+    assert not is_attached(image)
+
+
+def test_the_help_says_what_the_units_are() -> None:
+    helped = " ".join(run(PROGRAM, "serve", "--help").stdout.split())
+    units = "SIZE is in bytes, or with K, M, G or T in powers of 1024; SECONDS may also be written as 500ms"
+    assert units in helped
+    assert f"nbd_qcow2j_units={units}\n" in run("nbdkit", "--dump-plugin", "python", PLUGIN).stdout
+
+
 # ---- Paths, daemons, sockets ------------------------------------------------------------------------
 
 

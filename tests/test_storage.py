@@ -261,6 +261,38 @@ def test_hints_work_on_a_real_file_and_truncate_sets_the_length(file: FileStorag
     assert read(file, 0, 200) == b"x" * 100 + bytes(100)
 
 
+def test_holes_are_told_from_data_and_the_pieces_add_up(file: FileStorage) -> None:
+    file.truncate(8 * MIB)
+    file.write(MIB, [b"x" * MIB])
+    file.write(5 * MIB, [b"x" * 4096])
+    for offset, length in ((0, 8 * MIB), (MIB + 100, 2 * MIB), (7 * MIB, 4 * MIB), (9 * MIB, MIB), (3 * MIB, 1)):
+        at = offset
+        for piece, data in file.data_runs(offset, length):
+            assert data or not any(read(file, at, piece)), (offset, length, at)
+            at += piece
+        assert at == offset + length
+    assert file.data_runs(MIB + 100, 1000) == [(1000, True)]
+    assert file.data_runs(2 * MIB, MIB) == [(MIB, False)], "or the file system knows no holes"
+    assert file.data_runs(6 * MIB, 10 * MIB) == [(10 * MIB, False)]
+
+
+def test_a_range_of_very_many_holes_ends_as_data(file: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A reply of millions of pieces helps nobody; a file system without SEEK_DATA has one piece.
+    monkeypatch.setattr(storage_module, "MOST_RUNS", 4)
+    for number in range(20):
+        file.write(number * MIB, [b"x"])
+    runs = file.data_runs(0, 20 * MIB)
+    assert sum(length for length, _ in runs) == 20 * MIB
+    assert len(runs) <= 6
+    assert runs[-1][1] is True
+
+    def unsupported(fd: int, offset: int, whence: int) -> int:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(storage_module.os, "lseek", unsupported)
+    assert file.data_runs(5, 100) == [(100, True)]
+
+
 def test_advise_never_fails_even_closed(file: FileStorage) -> None:
     file.close()
     file.close()

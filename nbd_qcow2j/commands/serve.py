@@ -23,7 +23,9 @@ from urllib.parse import quote
 
 from ..errors import Error, ImageError, OptionError
 from ..format.header import check_usable, parse_header
-from ..options import Options, describe_options, parse_address, parse_options
+from ..image.backing import open_backing
+from ..options import UNITS, Options, describe_options, parse_address, parse_options
+from ..storage import FileStorage
 
 # nbdkit's threads for each connection. On one CPU (lifecycle.py) the number hardly matters to small reads: 44k to
 # 57k a second at depth 16 for 1 to 16 of them. Eight keep a disk busy with cold reads while one waits for a flush;
@@ -49,7 +51,7 @@ def add_parser(subparsers: Any) -> None:
         "serve",
         help="serve an image over NBD",
         description="Serve IMAGE over NBD, in the foreground until SIGTERM or Ctrl-C.",
-        epilog="What follows -- goes to nbdkit, such as --tls=require or --filter=log logfile=/tmp/log.",
+        epilog=f"{UNITS}. What follows -- goes to nbdkit, such as --tls=require or --filter=log logfile=/tmp/log.",
         usage="nbd-qcow2j serve IMAGE (--socket PATH | --port N) [options] [-- nbdkit options]",
     )
     parser.add_argument("image", metavar="IMAGE", help="the qcow2 image to serve")
@@ -78,6 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise Error(f"{plugin} is not there: nbd-qcow2j serves from its source tree")
 
     check_image(options)
+    if arguments.pid_file is not None:
+        # nbdkit writes it when it is in the background, where nobody hears that it cannot.
+        check_directory("pid-file", os.path.abspath(arguments.pid_file))
     if options.metrics is not None:
         check_port("metrics", *parse_address(options.metrics))
     if arguments.socket is not None:
@@ -145,12 +150,30 @@ def check_image(options: Options) -> None:
         raise ImageError(f"{path}: is a block device; images on block devices are not served, only files")
     if not stat.S_ISREG(mode):
         raise ImageError(f"{path}: is not a file")
-    if not os.access(path, os.R_OK if options.read_only else os.R_OK | os.W_OK):
+    try:
+        descriptor = os.open(path, os.O_RDONLY if options.read_only else os.O_RDWR)
+    except OSError as error:
         hint = "" if options.read_only else "; --read-only needs less"
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES) + hint, path)
-    with open(path, "rb") as file:
+        raise OSError(error.errno, f"{error.strerror}{hint}", path) from None
+    with open(descriptor, "rb") as file:
         header = parse_header(file.read(64 << 10), file_size=os.fstat(file.fileno()).st_size, name=path)
     check_usable(header, write=not options.read_only, name=path)
+    backing = open_backing(
+        header, path, policy=options.backing, opener=lambda name: FileStorage.open(name, read_only=True)
+    )
+    if backing is not None:
+        backing.close()
+
+
+def check_directory(name: str, path: str) -> None:
+    """Whether a file can be made at `path`; `name` is the option's. Raises OptionError."""
+    directory = os.path.dirname(path)
+    if not os.path.isdir(directory):
+        raise OptionError(f"option {name}: the directory of {path} does not exist")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise OptionError(f"option {name}: no permission to make a file in {directory}")
+    if os.path.isdir(path):
+        raise OptionError(f"option {name}: {path} is a directory")
 
 
 def claim_socket(path: str) -> None:
@@ -162,8 +185,7 @@ def claim_socket(path: str) -> None:
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
-        if not os.path.isdir(os.path.dirname(path)):
-            raise OptionError(f"option socket: the directory of {path} does not exist") from None
+        check_directory("socket", path)
         return
     if not stat.S_ISSOCK(mode):
         raise OptionError(f"option socket: {path} exists and is not a socket")

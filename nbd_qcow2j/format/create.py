@@ -25,6 +25,10 @@ _FEATURES = (
 )
 
 
+_JOURNAL_ROOM = 128
+"""Bytes that the journal's header extension takes while it is attached, and a few more."""
+
+
 def new_image(
     size: int, *, cluster_size: int = 1 << 16, refcount_bits: int = 16, backing_name: bytes | None = None,
     backing_format: str | None = None, extended_l2: bool = False,
@@ -103,7 +107,9 @@ def _header(
             kind.to_bytes(4, "big") + len(data).to_bytes(4, "big") + data + bytes(-len(data) % 8)
             for kind, data in chosen
         ) + bytes(8)
-        if 112 + len(area) + len(backing_name or b"") <= geometry.cluster_size:
+        # The journal will want its place in the header; in a small cluster that matters more than the names.
+        room = _JOURNAL_ROOM if with_names else 0
+        if 112 + len(area) + len(backing_name or b"") + room <= geometry.cluster_size:
             break
     else:
         raise OptionError("backing file: its name does not fit the header cluster; use a larger cluster size")

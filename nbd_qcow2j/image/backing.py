@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from ..errors import ImageError
 from ..format.header import INCOMPAT_JOURNAL, Header, check_usable, parse_header
 from ..format.tables import NORMAL, OFFSET_MASK, UNALLOCATED, compressed_extent, table_from_bytes
-from ..steps import Compute, FileSize, Operation, Read, ReadInto, run_simply
+from ..steps import Compute, DataRuns, FileSize, Operation, Read, ReadInto, run_simply
 from .compressed import inflate
 from .mapping import Mapping
 from .tables import Table, TableCache
@@ -62,12 +62,8 @@ class RawLayer:
         yield ReadInto(self.storage, offset, view)
 
     def extents(self, offset: int, length: int) -> Operation[list[Extent]]:
-        inside = max(0, min(length, self.size - offset))
-        found = [Extent(inside, False, True)] if inside else []
-        if inside < length:
-            found.append(Extent(length - inside, True, False))
-        return found
-        yield  # it is an operation, like the others
+        runs = yield DataRuns(self.storage, offset, length)
+        return [Extent(piece, zero=not data, allocated=data) for piece, data in runs]
 
     def close(self) -> None:
         self.storage.close()

@@ -61,8 +61,10 @@ class Log:
         self.starvations = 0
         """How often the checkpoint could not go on because the host file system has no room."""
         self.on_stale: Callable[[int], object] = lambda host_offset: None
-        self.commits = self.commit_bytes = self.commit_pages = 0
-        self.observe_commit: Callable[[int, int], object] = lambda pages, length: None
+        self.commits = self.commit_bytes = 0
+        self.begin_commit: Callable[[], object] = lambda: None
+        self.end_commit: Callable[[int], object] = lambda pages: None
+        """Told when a commit begins, and when it has written so many pages: whoever times them has a clock."""
 
     # ---- the latch
 
@@ -185,6 +187,7 @@ class Log:
     def commit(self) -> Operation[None]:
         """Commit the running transaction. Call only while none is committing. Raises DeviceFailed."""
         assert self.committing is None
+        self.begin_commit()
         transaction = self.running
         self.committing = transaction
         self.running = Transaction(transaction.number + 1, self.geometry.page_size)
@@ -268,8 +271,7 @@ class Log:
             self.ring.transactions.append(entry)
             self.commits += 1
             self.commit_bytes += encoded.length
-            self.commit_pages += len(transaction.pages)
-            self.observe_commit(len(transaction.pages), encoded.length)
+            self.end_commit(len(transaction.pages))
         if transaction.freed:
             self.epochs.retire(transaction.freed)
         self.commit_gate.open()

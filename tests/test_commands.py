@@ -1,0 +1,220 @@
+"""`create`, `info`, `check`, `journal` and `recover` on real images, for people and as JSON; qemu-img referees."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PROGRAM, Server, is_attached, run
+
+CLUSTER = 1 << 16
+QUIET = ("--commit-interval", "60", "--checkpoint-interval", "600")
+
+
+def said(command: str, *words: object) -> str:
+    return run(PROGRAM, command, *words).stdout
+
+
+def refused(command: str, *words: object, **options: Any) -> str:
+    """The one line of a command that fails."""
+    done = run(PROGRAM, command, *words, check=False, **options)
+    assert (done.returncode, done.stdout) == (1, ""), (done.stdout, done.stderr)
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("nbd-qcow2j: ")
+    return done.stderr.removeprefix("nbd-qcow2j: ").rstrip("\n")
+
+
+def qemu_info(image: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run("qemu-img", "info", "--output=json", image).stdout)
+    return found
+
+
+@pytest.fixture
+def killed(tmp_path: Path, serve: Callable[..., Server]) -> Path:
+    """An image of 1 MiB whose server was killed with four transactions in the journal."""
+    image = tmp_path / "killed.qcow2"
+    run(PROGRAM, "create", image, "1M")
+    server = serve(image, *QUIET)
+    handle = server.connect()
+    for number in range(3):
+        handle.pwrite(b"x" * 4096, number * 2 * CLUSTER)
+        handle.flush()
+    # Whole clusters go past the journal: it holds the metadata, and that the page before is void.
+    handle.pwrite(b"y" * CLUSTER, 0)
+    handle.flush()
+    server.kill()
+    return image
+
+
+# ---- create -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--cluster-size", "512"), ("--cluster-size", "2M", "--refcount-bits", "1"), ("--extended-l2",)],
+    ids=lambda options: " ".join(options) or "as it comes",
+)
+def test_qemu_finds_nothing_wrong_with_what_create_makes(options: tuple[str, ...], tmp_path: Path) -> None:
+    image = tmp_path / "new.qcow2"
+    assert said("create", image, "5M", *options) == f"created {image}, 5M\n"
+    run("qemu-img", "check", "-q", image)
+    info = qemu_info(image)
+    assert info["virtual-size"] == 5 << 20
+    given = dict(zip(options[::2], options[1::2], strict=False))
+    assert info["cluster-size"] == {"512": 512, "2M": 2 << 20}.get(given.get("--cluster-size", ""), CLUSTER)
+    assert info["format-specific"]["data"]["refcount-bits"] == int(given.get("--refcount-bits", 16))
+    assert info["format-specific"]["data"]["extended-l2"] is ("--extended-l2" in options)
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 9 0 5M", image)
+    run("qemu-img", "check", "-q", image)
+
+
+def test_an_overlay_has_the_size_of_what_lies_beneath_and_shows_it(tmp_path: Path, serve: Any) -> None:
+    # The name is relative to the image, not to where the command is typed.
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "base.raw").write_bytes(b"b" * 1_000_000)
+    run(PROGRAM, "create", "middle.qcow2", "2M", "-b", "base.raw", "-F", "raw", cwd=tmp_path)
+    top = tmp_path / "sub" / "top.qcow2"
+    run(PROGRAM, "create", "sub/top.qcow2", "-b", "../middle.qcow2", "-F", "qcow2", cwd=tmp_path)
+    rounded = tmp_path / "rounded.qcow2"
+    run(PROGRAM, "create", rounded, "-b", "base.raw", "-F", "raw")
+    assert qemu_info(rounded)["virtual-size"] == 1_000_448
+    info = qemu_info(top)
+    assert (info["virtual-size"], info["backing-filename"], info["backing-filename-format"]) == (
+        2 << 20, "../middle.qcow2", "qcow2",
+    )  # fmt: skip
+    handle = serve(top).connect()
+    assert handle.pread(1_000_010, 0) == b"b" * 1_000_000 + bytes(10)
+
+
+def test_create_never_overwrites_and_refuses_in_one_line(tmp_path: Path) -> None:
+    image, base = tmp_path / "image.qcow2", tmp_path / "base.raw"
+    image.write_text("precious")
+    base.write_bytes(bytes(4096))
+    assert refused("create", image, "1M") == f"{image}: File exists"
+    assert image.read_text() == "precious"
+    new = tmp_path / "new.qcow2"
+    for words, expected in (
+        ((new,), "size: say how large the disk is, such as 10G"),
+        ((new, "1X"), "size: expected a size: a whole number of bytes, or one with K, M, G or T, found '1X'"),
+        ((new, "1000"), "size: expected a multiple of 512 bytes, found 1000"),
+        ((new, "1M", "-b", base), "-b and -F go together: the format of a backing file is never guessed"),
+        ((new, "1M", "-b", "none", "-F", "raw"), f"{tmp_path}/none: No such file or directory"),
+        ((new, "1M", "-b", base, "-F", "qcow2"), f"{base} is not a qcow2 image, expected 514649fb, found 00000000"),
+        ((new, "1M", "--cluster-size", "3000"), "cluster size: expected a power of two from 512 to 2M, found 3000"),
+        ((tmp_path / "no" / "x", "1M"), f"{tmp_path}/no/x: No such file or directory"),
+    ):
+        assert refused("create", *words) == expected
+        assert not new.exists()
+
+
+# ---- info -------------------------------------------------------------------------------------------
+
+
+def test_info_says_what_qemu_says_and_what_the_journal_holds(killed: Path, tmp_path: Path) -> None:
+    facts = json.loads(said("info", "--json", killed))
+    assert facts["virtual-size"] == 1 << 20
+    assert facts["journal"]["attached"] is True
+    assert facts["journal"]["transactions"] == 4
+    assert facts["journal"]["pending-pages"] == 2
+    assert facts["journal"]["size"] == 32 << 20
+    assert len(facts["journal"]["uuid"]) == 32
+    assert "journal: attached, 4 transactions in " in said("info", killed)
+    plain = tmp_path / "plain.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4096,compression_type=zstd", plain, "3M")
+    facts, expected = json.loads(said("info", "--json", plain)), qemu_info(plain)
+    for key in ("virtual-size", "cluster-size", "format", "actual-size"):
+        assert facts[key] == expected[key], key
+    assert facts["compression-type"] == "zstd"
+    assert facts["journal"] is None
+    human = said("info", plain)
+    assert "virtual-size: 3M (3145728 bytes)\n" in human
+    assert human.endswith("journal: none; this is a plain qcow2 file\n")
+
+
+# ---- journal ----------------------------------------------------------------------------------------
+
+
+def test_journal_lists_every_transaction_with_what_is_in_it(killed: Path) -> None:
+    before = killed.read_bytes()
+    lines = [json.loads(line) for line in said("journal", "--json", killed).splitlines()]
+    assert [line["sequence"] for line in lines] == [1, 2, 3, 4]
+    assert [line["descriptors"] for line in lines[:3]] == [
+        [{"type": "guest data", "offset": number * 2 * CLUSTER, "length": 4096}] for number in range(3)
+    ]
+    kinds = {(each["type"], each["offset"]) for each in lines[3]["descriptors"]}
+    assert ("revoke guest", 0) in kinds
+    assert any(kind == "write data" for kind, _ in kinds)
+    # They follow each other in the ring.
+    for one, other in itertools.pairwise(lines):
+        assert other["position"] == one["position"] + one["length"]
+    human = said("journal", killed).splitlines()
+    assert len(human) == 4
+    assert human[0] == f"1 at 0, {lines[0]['length']} bytes: guest data 1 (4096 bytes)"
+    assert killed.read_bytes() == before, "looking changes nothing"
+
+
+# ---- check, recover ---------------------------------------------------------------------------------
+
+
+def test_check_counts_what_the_journal_holds_and_agrees_with_qemu_after_recover(killed: Path) -> None:
+    report = json.loads(said("check", "--json", killed))
+    assert report["journal-transactions"] == 4
+    assert report["allocated-clusters"] == 1, "the two pages have no cluster yet"
+    assert "attached journal of 4 transactions" in said("check", killed)
+    assert said("check", "-q", killed) == ""
+    assert said("recover", killed) == (
+        f"{killed}: 4 transactions replayed, journal detached; it is a plain qcow2 file\n"
+    )
+    assert not is_attached(killed)
+    run("qemu-io", "-r", "-f", "qcow2", "-c", f"read -P 121 0 {CLUSTER}", killed)
+    report = json.loads(said("check", "--json", killed))
+    theirs = json.loads(run("qemu-img", "check", "--output=json", killed).stdout)
+    for key in ("check-errors", "image-end-offset", "total-clusters", "allocated-clusters"):
+        assert report[key] == theirs[key], key
+    assert "journal-transactions" not in report
+    assert said("recover", killed) == f"{killed} has no journal: it is a plain qcow2 file\n"
+    assert said("journal", "--json", killed) == ""
+
+
+def test_check_tells_leaks_from_corruption_by_its_exit_code_as_qemu_does(make_image: Callable[..., Path]) -> None:
+    image = make_image(size="1M")
+    run("qemu-io", "-f", "qcow2", "-c", "write 0 64k", image)
+    data = image.read_bytes()
+    block = struct.unpack_from(">Q", data, struct.unpack_from(">Q", data, 48)[0])[0]
+    counts = list(struct.unpack_from(">16H", data, block))
+    last = max(index for index, count in enumerate(counts) if count)
+    # The refcount of the data's cluster taken away; one given to a cluster that nothing refers to.
+    for cluster, value, code in ((last, 0, 2), (last + 1, 1, 3)):
+        changed = bytearray(data.ljust((last + 2) * CLUSTER, b"\0"))
+        struct.pack_into(">H", changed, block + 2 * cluster, value)
+        image.write_bytes(changed)
+        assert run("qemu-img", "check", "-q", image, check=False).returncode == code, "or this test would prove nothing"
+        done = run(PROGRAM, "check", image, check=False)
+        assert done.returncode == code
+        assert ("corruption" if code == 2 else "leaked") in done.stdout
+    assert image.read_bytes() == bytes(changed), "check changes nothing"
+
+
+@pytest.mark.parametrize("command", ["info", "check", "journal", "recover"])
+def test_what_cannot_be_looked_into_is_one_line(
+    command: str, tmp_path: Path, image: Path, serve: Callable[..., Server]
+) -> None:
+    raw = tmp_path / "raw"
+    raw.write_bytes(bytes(1 << 16))
+    missing = tmp_path / "missing"
+    assert refused(command, missing).startswith(f"{missing}: No such file or directory")
+    assert refused(command, raw) == f"{raw} is not a qcow2 image, expected 514649fb, found 00000000"
+    assert "is a directory" in refused(command, tmp_path)
+    serve(image)
+    assert refused(command, image).startswith(f"{image} is in use: another nbd-qcow2j writes to it")
+
+
+def test_what_somebody_has_read_enough_of_is_no_error(killed: Path) -> None:
+    done = run("sh", "-c", f"{PROGRAM} journal --json {killed} | true; {PROGRAM} info {killed} | head -1")
+    assert done.stdout == f"filename: {killed}\n"
+    assert done.stderr == ""
