@@ -20,16 +20,15 @@ from pathlib import Path
 
 import pytest
 from conftest import PROGRAM, START_SECONDS, TOP, Server, free_port, is_attached, poll, run
-from guest import Guest, Kernel, find, make_initramfs, make_tree
+from guest import Guest, Kernel, attach_line, find, make_initramfs, make_tree
 
-ATTACH = 'nbd-client 10.0.2.100 10809 /dev/nbd0 -b 4096 -N ""'
 # A device that was in use is free again when its last user has closed it, which is a little later.
 IS_FREE = "until [ $(cat /sys/block/nbd0/size) = 0 ]; do usleep 10000; done"
 DETACH = f"nbd-client -d /dev/nbd0; {IS_FREE}"
 
 
 class Guests:
-    """Starts machines whose 10.0.2.100:10809 is `socket`, and keeps the one that the tests share."""
+    """Starts machines that can attach whatever is served on `socket`, and keeps the one that the tests share."""
 
     def __init__(self, work: Path) -> None:
         self.kernel = Kernel()
@@ -38,15 +37,16 @@ class Guests:
         self.socket = work / "disk.sock"
         self.shared: Guest | None = None
 
-    def boot(self, *, root: str | None = None) -> Guest:
-        return Guest(self.kernel, self.initramfs, self.work, socket=self.socket, root=root)
+    def boot(self, root: str) -> Guest:
+        """A machine of its own, whose root file system is in the first partition of a disk."""
+        return Guest(self.kernel, self.initramfs, self.work, root=root)
 
     def fresh(self) -> Guest:
         """Pull the plug of the shared machine and start another."""
         if self.shared:
             self.shared.kill()
         self.shared = None
-        self.shared = self.boot()
+        self.shared = Guest(self.kernel, self.initramfs, self.work, socket=self.socket)
         return self.shared
 
 
@@ -138,7 +138,7 @@ def kill_rounds(image: Path, serve: Callable[..., Server], guests: Guests, *, ro
     kept = 0
     guest = guests.shared or guests.fresh()
     server = serve(image, "--journal-size", "1M", socket=guests.socket)
-    guest.run(f"{ATTACH} && mkfs.ext4 -q /dev/nbd0 && mount -o discard /dev/nbd0 /mnt")
+    guest.run(f"{guest.attach} && mkfs.ext4 -q /dev/nbd0 && mount -o discard /dev/nbd0 /mnt")
     for number in range(rounds):
         story = f"seed {seed}, round {number}"
         guest.start(WRITERS.replace("ROUND", f"r{number}"))
@@ -164,7 +164,7 @@ def kill_rounds(image: Path, serve: Callable[..., Server], guests: Guests, *, ro
             guest.run(f"umount /mnt; {IS_FREE}")
         options = ("--journal-size", rng.choice(("256K", "1M", "32M")), "--commit-interval", rng.choice(("0.05", "1")))
         server = serve(image, *options, socket=guests.socket)
-        guest.run(ATTACH + rng.choice(("", " -connections 4")))
+        guest.run(guest.attach + rng.choice(("", " -connections 4")))
         guest.run("mount -o discard /dev/nbd0 /mnt")
         lost = differing(whole, guest_checksums(guest, "/mnt"))
         assert not lost, f"{story}: not as it was when fsync returned: {lost}\n{guest.messages}"
@@ -189,7 +189,7 @@ def test_files_whose_fsync_returned_survive_sigkill_of_the_server(
 ) -> None:
     # Attach, mkfs, mount, write, SIGKILL, start again, attach again (at the end from a machine that has just
     # started), mount, look, fsck, go on writing. At the end: closed, plain, and the same for tools of this machine.
-    kill_rounds(make_image("96M"), serve, guests, rounds=4, seed=1)
+    kill_rounds(make_image("96M"), serve, guests, rounds=6, seed=1)
 
 
 GEOMETRIES: list[dict[str, str]] = [{}, {"cluster_size": "4k"}, {"extended_l2": "on"}, {"cluster_size": "2M"}]
@@ -216,7 +216,7 @@ class PortServer:
 
     def __init__(self, image: Path, log: Path) -> None:
         self.image, self.log, self.port = image, log, free_port()
-        self.attach = f'nbd-client 10.0.2.2 {self.port} /dev/nbd0 -b 4096 -N ""'
+        self.attach = attach_line(self.port)
 
     def start(self) -> Server:
         words = [str(PROGRAM), "serve", str(self.image), "--port", str(self.port)]
@@ -330,7 +330,8 @@ def test_the_lines_for_nbdtab_and_fstab_attach_and_mount(
     line = re.sub(r"/\S+", "/run/disk.sock", nbdtab[0], count=1)
     image = make_image()
     server = serve(image, socket=guests.socket)
-    guest.run("socat UNIX-LISTEN:/run/disk.sock,fork TCP:10.0.2.100:10809 >/dev/null 2>&1 & echo $! >/run/socat")
+    port = ":".join(guest.attach.split()[1:3])
+    guest.run(f"socat UNIX-LISTEN:/run/disk.sock,fork TCP:{port} >/dev/null 2>&1 & echo $! >/run/socat")
     try:
         guest.run("until [ -S /run/disk.sock ]; do usleep 10000; done; mkdir -p /etc")
         guest.run(f"echo '{line}' >/etc/nbdtab; echo '{fstab[0]}' >/etc/fstab")
@@ -357,7 +358,7 @@ def test_fstrim_gives_the_space_of_removed_files_back(
     # 40 MiB are written and removed: the image keeps them until a trim says that nobody needs them.
     image = make_image("256M")
     server = serve(image, "--journal-size", "1M", socket=guests.socket)
-    guest.run(f"{ATTACH} && mkfs.ext4 -q /dev/nbd0 && mount /dev/nbd0 /mnt && echo kept >/mnt/kept")
+    guest.run(f"{guest.attach} && mkfs.ext4 -q /dev/nbd0 && mount /dev/nbd0 /mnt && echo kept >/mnt/kept")
     guest.run("for n in 1 2; do dd if=/dev/urandom of=/mnt/$n bs=1M count=20 conv=fsync 2>/dev/null; done")
     guest.run("rm /mnt/1 /mnt/2; sync")
     full = blocks_bytes(image)
@@ -440,7 +441,7 @@ def test_a_machine_runs_from_an_overlay_over_a_compressed_image(
     assert len(packed) > 1000
 
     server = serve(overlay)
-    guest = guests.boot(root=server.uri)
+    guest = guests.boot(server.uri)
     try:
         assert guest.run("awk '$2 == \"/\" {print $1, $3}' /proc/mounts | tail -n 1") == "/dev/vda1 ext4"
         assert guest_checksums(guest, "/") == packed
