@@ -186,7 +186,7 @@ class TableCache:
         self.tables[table.host_offset] = table
         self.tables.move_to_end(table.host_offset)
         if len(self.tables) > self.limit:
-            self._shrink()
+            self._shrink(table)
 
     def forget(self, host_offset: int) -> None:
         """The cluster is no longer a table."""
@@ -208,11 +208,13 @@ class TableCache:
             if entry is not None:
                 data[at : at + SECTOR] = entry[0]
 
-    def _shrink(self) -> None:
+    def _shrink(self, newest: Table) -> None:
         for host_offset, table in list(self.tables.items()):
             if len(self.tables) <= self.limit:
                 return
-            if not table.pins and not table.uncommitted:
+            # Invariant: never the one just put in, should all others be in use: whoever put it in pins or changes
+            # it in this hold, and a second load would bring another one, without that change.
+            if not table.pins and not table.uncommitted and table is not newest:
                 del self.tables[host_offset]
 
 
