@@ -209,7 +209,9 @@ class TableCache:
                 data[at : at + SECTOR] = entry[0]
 
     def _shrink(self) -> None:
-        for host_offset, table in list(self.tables.items()):
+        # The newest stays, however many of the others cannot go: whoever loaded it looks it up in this hold, and
+        # would load it again for ever.
+        for host_offset, table in list(self.tables.items())[:-1]:
             if len(self.tables) <= self.limit:
                 return
             if not table.pins and not table.uncommitted:
