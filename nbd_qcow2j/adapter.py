@@ -179,6 +179,8 @@ def cleanup() -> None:
         _stopper.ended()
         _close()
     except Exception as error:
+        # nbdkit logs what is raised and exits with 0 all the same: a supervisor must see that the journal stays.
+        atexit.register(os._exit, 1)
         raise _refusal(error) from None
 
 
@@ -315,10 +317,10 @@ def pread(device: Device, buffer: Any, offset: int, flags: int) -> None:
 
 
 def pwrite(device: Device, buffer: Any, offset: int, flags: int) -> None:
-    """Write a copy of nbdkit's buffer, which is used again for the next request."""
+    """Write nbdkit's buffer, which is used again for the next request: what is kept of it is copied."""
     started = perf_counter_ns()
     try:
-        device.write(bytes(buffer), offset, (flags & _FUA) != 0)
+        device.write(buffer, offset, (flags & _FUA) != 0)
     except BaseException as error:
         _fail(_WRITE, error)
     _WRITE.observe(len(buffer), perf_counter_ns() - started)

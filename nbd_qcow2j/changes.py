@@ -12,18 +12,22 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from .errors import Error, RequestError
+from .disk import MAX_OWN_HOMES, PAGES_AT_ONCE
+from .errors import NO_ROOM, Error, RequestError
 from .format.tables import OFFSET_MASK
 from .journal.transaction import BASE_COST, REVOKE_COST, SECTOR_COST
-from .steps import Operation, Write
+from .steps import Buffer, Operation, Write
 
 if TYPE_CHECKING:
     from .disk import Disk
     from .image.tables import Table
 
 
-def write(disk: Disk, data: bytes, offset: int) -> Operation[None]:
-    """Write `data` at guest offset `offset`: whole clusters directly if they are many, the rest as pages."""
+def write(disk: Disk, data: Buffer, offset: int) -> Operation[None]:
+    """Write `data` at guest offset `offset`.
+
+    Whole clusters go directly if they are many; the rest in place, where that can be, or as pending pages.
+    """
     view = memoryview(data)
     end = offset + len(view)
     size = disk.geometry.cluster_size
@@ -39,14 +43,18 @@ def write(disk: Disk, data: bytes, offset: int) -> Operation[None]:
             yield from write_direct(disk, at // size, view[at - offset : at - offset + length])
         else:
             stop = min(boundary if direct else end, (at // chunk + 1) * chunk)
+            inside = min(stop, (at // size + 1) * size)
+            if (yield from write_in_place(disk, at, view[at - offset : inside - offset])):
+                stop = inside
+            else:
+                yield from write_pending(disk, at, view[at - offset : stop - offset])
             length = stop - at
-            yield from write_pending(disk, at, view[at - offset : at - offset + length])
         at += length
 
 
 def pages_at_once(disk: Disk) -> int:
     """Pages that one operation may note: at most half of a transaction."""
-    return max(1, min(64, (disk.log.ring.max_transaction - BASE_COST) // 2 // disk.page_cost))
+    return max(1, min(PAGES_AT_ONCE, (disk.log.ring.max_transaction - BASE_COST) // 2 // disk.page_cost))
 
 
 def clusters_at_once(disk: Disk) -> int:
@@ -55,12 +63,61 @@ def clusters_at_once(disk: Disk) -> int:
     return max(1, min(256, (ring.max_transaction - BASE_COST) // 2 // ring.home_cost))
 
 
+def write_in_place(disk: Disk, offset: int, view: memoryview) -> Operation[bool]:
+    """Write a part of a cluster that is ours alone into its home; False where it must become pending instead.
+
+    Crash before its commit: any mixture of old and new sectors, as of any write that was not flushed.
+    """
+    if not disk.settings.in_place or not (yield from _learn_home(disk, offset // disk.geometry.cluster_size)):
+        return False
+    home = disk.begin_in_place(offset, len(view))
+    if home < 0:
+        return False
+    done = False
+    try:
+        yield Write(disk.file, home, [view])
+        done = True
+    finally:
+        done = disk.end_in_place(offset, len(view)) and done
+    return done
+
+
+def _learn_home(disk: Disk, cluster: int) -> Operation[bool]:
+    """Whether a cluster's home is known to be ours alone, by its entry and by its refcount."""
+    if cluster in disk.own_homes:
+        return True
+    if cluster in disk.pending.clusters or not disk.mapping.l2_offset(cluster):
+        return False
+    yield from disk.mapping.load_l2(cluster)
+    entry, bitmap = disk.mapping.find(cluster)
+    if not disk.is_ours(entry, bitmap):
+        return False
+    host = (entry & OFFSET_MASK) >> disk.geometry.cluster_bits
+    yield from disk.allocator.load_block(host)
+    # Order: looked at again in the hold that remembers it; it may have moved while the block was read.
+    if not disk.mapping.in_memory(cluster) or disk.mapping.find(cluster) != (entry, bitmap):
+        return False
+    if cluster in disk.excluded or disk.allocator.refcount(host) != 1:
+        return False
+    if len(disk.own_homes) >= MAX_OWN_HOMES:
+        disk.own_homes.clear()
+    disk.own_homes[cluster] = entry & OFFSET_MASK
+    return True
+
+
 def write_pending(disk: Disk, offset: int, view: memoryview) -> Operation[None]:
     """Make the range pending, page by page; pages that it covers in part are merged."""
     size = disk.page_size
     end = offset + len(view)
-    cost = (-(-end // size) - offset // size) * disk.page_cost
-    yield from disk.log.take_credits(cost)
+    pages = -(-end // size) - offset // size
+    cost = pages * disk.page_cost
+    # Order: room in the pending table before credits: the checkpoint, which makes that room, needs credits too.
+    yield from disk.take_pending(pages)
+    try:
+        yield from disk.log.take_credits(cost)
+    except BaseException:
+        disk.return_pending(pages)
+        raise
     try:
         at = offset
         while at < end:
@@ -75,6 +132,7 @@ def write_pending(disk: Disk, offset: int, view: memoryview) -> Operation[None]:
                 yield from _merge(disk, index, inside, part)
             at += length
     finally:
+        disk.incoming -= pages
         disk.log.return_credits(cost)
 
 
@@ -125,8 +183,10 @@ class Prepared:
         self.disk, self.cost = disk, cost
         self.excluded: list[int] = []
         self.pinned: list[Table] = []
-        self.reserved: list[int] = []
+        self.reserved: set[int] = set()
         self.tokens = 0
+        self.promised: set[int] = set()
+        """Pending clusters whose token is among these: theirs again if they do not go home now (invariant 8)."""
         self.epoch = disk.epochs.enter()
 
     def pin_block(self, host_cluster: int) -> Operation[None]:
@@ -163,12 +223,21 @@ class Prepared:
             yield from self.disk.allocator.ensure(self.disk.allocator.available + 1)
         host = self.disk.allocator.reserve(token=True)
         self.tokens -= 1
-        self.reserved.append(host)
+        self.reserved.add(host)
         yield from self.pin_block(host)
         return host
 
-    def linked(self) -> None:
-        self.reserved.clear()
+    def linked(self, cluster: int, host: int | None) -> None:
+        """A guest cluster is linked to its new home: its reservation and its token are used."""
+        self.promised.discard(cluster)
+        if host is not None:
+            self.reserved.discard(host)
+
+    def spend(self, cost: int) -> None:
+        """Give credits back before the end."""
+        cost = min(cost, self.cost)
+        self.cost -= cost
+        self.disk.log.return_credits(cost)
 
     def undo(self) -> None:
         disk = self.disk
@@ -176,6 +245,10 @@ class Prepared:
             table.pins -= 1
         for host in self.reserved:
             disk.allocator.give_back(host)
+        for cluster in self.promised:
+            if cluster in disk.pending.clusters and cluster not in disk.cluster_tokens:
+                disk.cluster_tokens.add(cluster)
+                disk.allocator.tokens += 1
         disk.allocator.tokens -= self.tokens
         disk.admit(self.excluded)
         disk.epochs.leave(self.epoch)
@@ -187,6 +260,9 @@ def guarded(disk: Disk, operation: Operation[None], what: str) -> Operation[None
     try:
         yield from operation
     except OSError as error:
+        if error.errno in NO_ROOM:
+            # A plain write: nothing that was answered is lost, and nothing names what it wrote.
+            raise RequestError(errno.ENOSPC, "no room in the host file system") from error
         raise disk.log.latch(error, what) from error
     except (Error, GeneratorExit):
         raise
@@ -214,13 +290,14 @@ def write_direct(disk: Disk, cluster: int, view: memoryview) -> Operation[None]:
         for start, stop in _contiguous([host for _, host in homes]):
             yield Write(disk.file, homes[start][1] * size, [view[start * size : stop * size]])
         disk.log.check()
-        for number, (table, host) in enumerate(homes, cluster):
-            disk.mapping.link(table, number, host, disk.log, disk.allocator)
-            disk.touch(number)
-        per = disk.geometry.pages_per_cluster
-        disk.drop_pages(cluster * per, (cluster + count) * per)
-        disk.log.note_data()
-        held.linked()
+        with disk.log.whole_or_latched("direct write"):
+            for number, (table, host) in enumerate(homes, cluster):
+                disk.mapping.link(table, number, host, disk.log, disk.allocator)
+                held.linked(number, host)
+                disk.touch(number)
+            per = disk.geometry.pages_per_cluster
+            disk.drop_pages(cluster * per, (cluster + count) * per)
+            disk.log.note_data()
     finally:
         held.undo()
 
@@ -343,17 +420,18 @@ def _zero_mapped(disk: Disk, first: int, end: int, *, may_trim: bool) -> Operati
             for host in disk.mapping.host_clusters(entry):
                 yield from held.pin_block(host)
         disk.log.check()
-        for cluster in range(first, end):
-            # Over a backing file zeros must be said: an unallocated cluster would show the backing data again.
-            entry, bitmap = disk.mapping.find(cluster)
-            needs_flag = disk.has_backing(cluster) or (not may_trim and not disk.reads_zero(cluster, entry, bitmap))
-            disk.mapping.unlink(
-                table, cluster, zero=needs_flag, keep=not may_trim, log=disk.log, allocator=disk.allocator
-            )
-            disk.touch(cluster)
-        per = disk.geometry.pages_per_cluster
-        disk.drop_pages(first * per, end * per)
-        disk.log.running.holds = True
+        with disk.log.whole_or_latched("zero"):
+            for cluster in range(first, end):
+                # Over a backing file zeros must be said: an unallocated cluster would show the backing data again.
+                entry, bitmap = disk.mapping.find(cluster)
+                needs_flag = disk.has_backing(cluster) or (not may_trim and not disk.reads_zero(cluster, entry, bitmap))
+                disk.mapping.unlink(
+                    table, cluster, zero=needs_flag, keep=not may_trim, log=disk.log, allocator=disk.allocator
+                )
+                disk.touch(cluster)
+            per = disk.geometry.pages_per_cluster
+            disk.drop_pages(first * per, end * per)
+            disk.log.running.holds = True
     finally:
         held.undo()
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from .format.tables import (
     ALL_SUBCLUSTERS,
+    L1_RESERVED,
     NORMAL,
     OFFSET_MASK,
     OFLAG_COPIED,
@@ -25,14 +26,21 @@ from .geometry import Geometry
 from .image.backing import Extent, Layer
 from .image.compressed import inflate
 from .pending import Page, PendingPages
-from .steps import Compute, Gate, Operation, Read, ReadInto, Wait
+from .steps import Buffer, Compute, Gate, Operation, Read, ReadInto, Wait
 
 if TYPE_CHECKING:
     from .image.allocator import Allocator
     from .image.mapping import Mapping
-    from .image.tables import TableCache
+    from .image.tables import Table, TableCache
     from .journal.log import Log
     from .storage import Storage
+
+
+ALL_BITS = (1 << 64) - 1
+MAX_OWN_HOMES = 1 << 16
+"""Clusters whose home is remembered: 4 GiB of the default size, some 10 MiB of memory."""
+PAGES_AT_ONCE = 64
+"""Pages that one operation may make pending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +49,9 @@ class Settings:
 
     journal_size: int = 32 << 20
     direct_write: int = 64 << 10
+    in_place: bool = True
     l2_cache: int = 16 << 20
+    pending_limit: int = 64 << 20
     discard: bool = True
 
 
@@ -63,6 +73,11 @@ class Disk:
         )
         self.epochs = log.epochs
         self.pending = PendingPages(geometry)
+        self.pending_most = max(settings.pending_limit >> geometry.page_size.bit_length() - 1, 2 * PAGES_AT_ONCE)
+        """Pages that may be pending; a replay may leave more, then writers wait. At least two operations' worth, so
+        that whoever waits finds the checkpoint at work (it begins at half)."""
+        self.incoming = 0
+        """Pages for which operations in flight have taken room in the pending table."""
         self.cluster_tokens: set[int] = set()
         """Pending guest clusters that hold a pool cluster's token."""
         self.table_tokens: set[int] = set()
@@ -71,9 +86,22 @@ class Disk:
         self.exclusion_gate = Gate("cluster exclusion")
         self.merging: dict[int, list[list[bool]]] = {}
         """Guest cluster -> flags of read-modify-writes in flight; set when what they read may be old."""
+        self.own_homes: dict[int, int] = {}
+        """Guest cluster -> host offset of a cluster that was found to be ours alone: what may be written in place.
+        Forgotten (`touch`) by whoever changes where the cluster lives, in the hold of the change."""
         self.page_size = geometry.page_size
         self.page_cost = log.running.page_cost
         self.page_bits = geometry.page_size.bit_length() - 1
+        # The fast paths read these instead of going through three objects: a request costs some 10 us in all.
+        self._bits = geometry.cluster_bits
+        self._below = geometry.cluster_size - 1
+        self._l2_bits = geometry.l2_entries.bit_length() - 1
+        self._l2_mask = geometry.l2_entries - 1
+        self._l1 = mapping.l1.entries
+        self._tables = cache.tables
+        self._host_mask = OFFSET_MASK & ~self._below
+        # An extended entry says too little by itself.
+        self._not_plain = ALL_BITS if geometry.extended_l2 else ALL_BITS & ~(OFLAG_COPIED | self._host_mask)
         self.cow_read_bytes = 0
         self.checkpoint_clusters = self.checkpoint_bytes = self.checkpoints = 0
         self.replayed_transactions = 0
@@ -94,6 +122,11 @@ class Disk:
             self.exclusion_gate.open()
 
     # ---- what lies where
+
+    def pages_in(self, cluster: int) -> int:
+        """Pages of a guest cluster: fewer in the last one of a disk that is no multiple of it."""
+        per = self.geometry.pages_per_cluster
+        return min(per, self.geometry.pages - cluster * per)
 
     def has_backing(self, cluster: int) -> bool:
         """Whether the backing file has anything for a guest cluster."""
@@ -117,17 +150,27 @@ class Disk:
 
     def find_contiguous(self, offset: int, length: int) -> int:
         """Host offset of a range in one allocated cluster with nothing pending; -1 where it takes more."""
-        bits = self.geometry.cluster_bits
+        bits = self._bits
         cluster = offset >> bits
-        if (offset + length - 1) >> bits != cluster or cluster in self.pending.clusters or self.geometry.extended_l2:
+        if (offset + length - 1) >> bits != cluster or cluster in self.pending.clusters:
             return -1
-        mapping = self.mapping
-        if not mapping.in_memory(cluster):
+        l1_entry = self._l1[cluster >> self._l2_bits]
+        table = self._tables.get(l1_entry & OFFSET_MASK)
+        if table is None or l1_entry & L1_RESERVED:
             return -1
-        entry, _ = mapping.find(cluster)
-        if mapping.kind(entry, 0) != NORMAL:
+        entry = table.entries[cluster & self._l2_mask]
+        if not entry or entry & self._not_plain:
             return -1
-        return (entry & OFFSET_MASK) + (offset & (1 << bits) - 1)
+        return (entry & self._host_mask) + (offset & self._below)
+
+    def find_own(self, cluster: int) -> tuple[Table | None, int]:
+        """The L2 table, if it is ours alone and in memory, and a plain entry of ours or 0; (None, 0) otherwise."""
+        l1_entry = self._l1[cluster >> self._l2_bits]
+        table = self._tables.get(l1_entry & OFFSET_MASK)
+        if table is None or not l1_entry & OFLAG_COPIED or l1_entry & L1_RESERVED or self.geometry.extended_l2:
+            return None, 0
+        entry = table.entries[cluster & self._l2_mask]
+        return (table, entry) if not entry or (entry & OFLAG_COPIED and not entry & self._not_plain) else (None, 0)
 
     def read_into(self, view: memoryview, offset: int) -> Operation[None]:
         """Fill `view` from guest offset `offset`. Raises ImageError, OSError."""
@@ -232,6 +275,22 @@ class Disk:
             return needed
         return needed + 1
 
+    def take_pending(self, pages: int) -> Operation[None]:
+        """Wait until this many pages more may be pending, and count them as incoming.
+
+        Raises DeviceFailed, RequestError (ENOSPC).
+        """
+        log, starved = self.log, self.log.starvations
+        while self.pending.count + self.incoming + pages > self.pending_most:
+            log.check()
+            yield from log.wait_for_room(starved)
+        self.incoming += pages
+
+    def return_pending(self, pages: int) -> None:
+        """They are pending now, or will not be."""
+        self.incoming -= pages
+        self.log.room_gate.open()
+
     def put_page(self, index: int, data: bytes) -> None:
         """Make a page pending and note it in the running transaction. Room and credits are at hand."""
         cluster = index // self.geometry.pages_per_cluster
@@ -258,32 +317,88 @@ class Disk:
             self.cluster_tokens.discard(cluster)
             self.allocator.tokens -= 1
 
-    def try_write(self, data: bytes, offset: int) -> bool:
+    def try_write(self, data: Buffer, offset: int) -> bool:
         """Make whole pages of one cluster pending, if nothing has to be waited for. The hot path."""
-        size, length, log = self.page_size, len(data), self.log
-        first = offset >> self.page_bits
-        end = (offset + length) >> self.page_bits
-        cluster = offset >> self.geometry.cluster_bits
-        if (offset | length) & (size - 1) or (offset + length - 1) >> self.geometry.cluster_bits != cluster:
+        length, log = len(data), self.log
+        bits, page_bits = self._bits, self.page_bits
+        cluster = offset >> bits
+        if (offset | length) & (self.page_size - 1) or (offset + length - 1) >> bits != cluster:
             return False
         if log.failed is not None or length >= self.settings.direct_write:
             return False
-        ring, cost = log.ring, (end - first) * self.page_cost
-        busy = log.running.size + ring.outstanding + cost
-        if busy > ring.max_transaction or ring.used + busy + ring.reserve > ring.length:
+        first, count = offset >> page_bits, length >> page_bits
+        ring, running = log.ring, log.running
+        busy = running.size + ring.outstanding + count * self.page_cost
+        if busy > ring.max_transaction or ring.head - ring.tail + busy + ring.reserve > ring.length:
             return False
-        if cluster not in self.pending.clusters and self.tokens_needed(cluster) > self.allocator.available:
+        pending = self.pending
+        if pending.count + self.incoming + count > self.pending_most:
             return False
-        if end - first == 1:
-            self.put_page(first, data)
-        else:
-            for index in range(first, end):
-                at = (index - first) * size
-                self.put_page(index, data[at : at + size])
+        if cluster not in pending.clusters:
+            if self.settings.in_place and cluster not in self.own_homes and self.find_contiguous(offset, length) >= 0:
+                # It may be possible to write it in place: somebody has to look.
+                return False
+            if self.tokens_needed(cluster) > self.allocator.available:
+                return False
+            self.take_tokens(cluster)
+        if count == 1:
+            page = Page(bytes(data))
+            pending.put(first, page)
+            running.note_page(first, page)
+            return True
+        size = self.page_size
+        for index in range(count):
+            page = Page(bytes(data[index * size : index * size + size]))
+            pending.put(first + index, page)
+            running.note_page(first + index, page)
         return True
+
+    # ---- in place
+
+    def begin_in_place(self, offset: int, length: int) -> int:
+        """Exclude a cluster that may be written in place, and return the host offset; -1 where it takes more.
+
+        Only where the range has no page that is pending, or whose record may be replayed over what is written.
+        """
+        cluster = offset >> self._bits
+        home = self.own_homes.get(cluster, -1)
+        if home < 0 or (offset + length - 1) >> self._bits != cluster or self.log.failed is not None:
+            return -1
+        if cluster in self.excluded or not self._has_no_version(cluster, offset, length):
+            return -1
+        self.excluded.add(cluster)
+        return home + (offset & self._below)
+
+    def end_in_place(self, offset: int, length: int) -> bool:
+        """The write returned. False: a page of the range got a newer version meanwhile, which must be written over.
+
+        The cluster lived where it lives as long as it was excluded. A merge that read a page of it before the
+        write returned is told to read again; one that was done has made the page pending: False.
+        """
+        cluster = offset >> self._bits
+        self.excluded.discard(cluster)
+        if self.exclusion_gate.waiters:
+            self.exclusion_gate.open()
+        if cluster in self.merging:
+            self.read_again(cluster)
+        # Order: noted in the hold in which the write is known to have returned, so that the commit that a later
+        # flush waits for begins its sync after it.
+        self.log.note_data()
+        return self._has_no_version(cluster, offset, length)
+
+    def _has_no_version(self, cluster: int, offset: int, length: int) -> bool:
+        """Whether no page of a range is pending or recorded."""
+        first = offset >> self.page_bits
+        last = (offset + length - 1) >> self.page_bits
+        pages, log = self.pending.clusters.get(cluster), self.log
+        if first == last:
+            return not ((pages and first in pages) or log.has_record(first))
+        return not any((pages and index in pages) or log.has_record(index) for index in range(first, last + 1))
 
     def drop_pages(self, first: int, end: int) -> None:
         """Pages [first, end) are home elsewhere: out of the running transaction and the pending table, revoked."""
+        # The last cluster may be partial: replay refuses a revoke that reaches past the disk.
+        end = min(end, self.geometry.pages)
         log = self.log
         running = log.running
         recorded = False
@@ -298,6 +413,11 @@ class Disk:
             running.note_guest_revoke(first, end)
 
     def touch(self, cluster: int) -> None:
+        """A cluster lives elsewhere, or has other content: what is remembered of it, or was read, may be old."""
+        self.own_homes.pop(cluster, None)
+        self.read_again(cluster)
+
+    def read_again(self, cluster: int) -> None:
         """What a read-modify-write of this cluster has read may be old now."""
         for flag in self.merging.get(cluster, ()):
             flag[0] = True

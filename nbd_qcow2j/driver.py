@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 from . import changes, checkpoint
 from .counters import BOUNDS_PAGES, Histogram, Statistics
 from .disk import Disk, Settings
-from .errors import Error, RequestError
+from .errors import Error, ImageError, RequestError
 from .image.backing import Extent, open_backing
 from .locks import READER, WRITER
 from .opening import detach, open_disk, read_header
 from .options import Options
-from .steps import Operation, Sync, Wait, WriteSync, run_simply
+from .steps import Buffer, Operation, Pause, Sync, Wait, WriteSync, run_simply
 from .storage import FileStorage, Storage
 from .writer import Writer
 
@@ -34,6 +34,8 @@ T = TypeVar("T")
 SLOW_FROM = 0.75
 """Fill of the ring from which writers are slowed down, little by little, so that none ever stalls."""
 SLOWEST_SECONDS = 0.02
+PAUSE_SECONDS = 1e-6
+"""The kernel makes it some 50 us."""
 
 
 class Runner:
@@ -47,7 +49,7 @@ class Runner:
         """Run an operation to its end in this thread. Raises what it raises."""
         lock = self.lock
         result: Any = None
-        failure: OSError | None = None
+        failure: BaseException | None = None
         lock.acquire()
         try:
             while True:
@@ -72,9 +74,14 @@ class Runner:
                         result = step.perform()
                         seen = self.fsyncs if isinstance(step, Sync) else self.commits
                         seen.observe(time.perf_counter_ns() - started)
+                    elif isinstance(step, Pause):
+                        # Not zero: a thread that gives the interpreter lock away and takes it at once was never away.
+                        time.sleep(PAUSE_SECONDS)
                     else:
                         result = step.perform()
-                except OSError as error:
+                except BaseException as error:
+                    # All of them: an operation that is dropped instead would give back what it holds when it is
+                    # collected, without the lock, and a commit would leave those who wait for it for ever.
                     failure = error
                 finally:
                     lock.acquire()
@@ -105,6 +112,10 @@ class Device:
         self._pending_since: float | None = None
         disk.log.observe_commit = lambda pages, length: self._commit_pages.observe(pages)
         self._closed = False
+        # From here on a write is followed by a closer look at how full things are.
+        self._commit_size = options.commit_size
+        self._half_ring = (disk.log.ring.length - disk.log.ring.reserve) // 2
+        self._half_pending = options.pending_limit // disk.page_size // 2
 
     # ---- life
 
@@ -136,10 +147,10 @@ class Device:
     def read_into(self, buffer: bytearray | memoryview, offset: int) -> None:
         """Fill `buffer` with what the disk holds at `offset`."""
         length = len(buffer)
-        disk, lock = self.disk, self._lock
+        disk = self.disk
         if offset < 0 or offset + length > self.size:
             changes.refuse_out_of_range(disk, offset, length)
-        with lock:
+        with self._lock:
             host = disk.find_contiguous(offset, length)
             if host >= 0:
                 epoch = disk.epochs.current
@@ -150,20 +161,41 @@ class Device:
         try:
             disk.file.read_into(buffer, host)
         finally:
-            with lock:
+            with self._lock:
                 disk.epochs.leave(epoch)
 
-    def write(self, data: bytes, offset: int, fua: bool = False) -> None:
-        """Write `data`, which must not change any more; with `fua`, durable when this returns."""
+    def write(self, data: Buffer, offset: int, fua: bool = False) -> None:
+        """Write `data`, which is not looked at after this returns; with `fua`, durable when this returns."""
         disk = self.disk
-        self._check_writable(offset, len(data))
+        length = len(data)
+        if self.read_only or offset < 0 or offset + length > self.size:
+            self._check_writable(offset, length)
         with self._lock:
-            done = disk.try_write(data, offset)
+            home = disk.begin_in_place(offset, length)
+            done = home < 0 and disk.try_write(data, offset)
+        if home >= 0:
+            done = self._write_in_place(data, offset, length, home)
         if not done:
             self._change(lambda: changes.write(disk, data, offset), "write")
-        self._after_write()
+        ring, running = disk.log.ring, disk.log.running.size
+        if (
+            running >= self._commit_size or ring.head - ring.tail + running > self._half_ring
+            or disk.pending.count > self._half_pending or disk.allocator.available < disk.allocator.grow_step
+        ):  # fmt: skip
+            self._after_write()
         if fua:
             self.flush()
+
+    def _write_in_place(self, data: Buffer, offset: int, length: int, home: int) -> bool:
+        disk = self.disk
+        try:
+            disk.file.write(home, (data,))
+        except OSError as error:
+            with self._lock:
+                disk.end_in_place(offset, length)
+                raise disk.log.latch(error, "write") from error
+        with self._lock:
+            return disk.end_in_place(offset, length)
 
     def write_zeroes(self, offset: int, length: int, *, may_trim: bool, fast: bool, fua: bool) -> None:
         """Make a range read as zeros. Never slower than a write of as many bytes, so `fast` is always met."""
@@ -274,7 +306,7 @@ def open_device(options: Options) -> Device:
             files.append(background)
         settings = Settings(
             journal_size=options.journal_size, direct_write=options.direct_write, l2_cache=options.l2_cache,
-            discard=options.discard,
+            in_place=options.in_place, pending_limit=options.pending_limit, discard=options.discard,
         )  # fmt: skip
         disk = run_simply(
             open_disk(
@@ -282,12 +314,14 @@ def open_device(options: Options) -> Device:
                 uuid=os.urandom(16), name=options.file,
             )
         )  # fmt: skip
-    except BaseException:
+    except BaseException as error:
         if backing is not None:
             with suppress(Error, OSError):
                 backing.close()
         for each in files:
             each.close()
+        if isinstance(error, OSError):
+            raise ImageError(f"{options.file}: {error.strerror}") from error
         raise
     return Device(disk, options, files)
 

@@ -13,6 +13,10 @@ from __future__ import annotations
 
 import errno as _errno
 
+NO_ROOM = frozenset({_errno.ENOSPC, _errno.EDQUOT, _errno.EFBIG})
+"""What a write or an fallocate is answered where the host file system has no room for it. From a plain write
+nothing is lost by it; from a sync or a synchronous write it is a lost write like any other."""
+
 
 class Error(Exception):
     """Base of what this package raises on purpose; `errno` is what an NBD client may be told."""

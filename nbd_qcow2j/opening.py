@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from .checkpoint import drain
 from .disk import Disk, Settings
-from .errors import ImageError
+from .errors import NO_ROOM, ImageError, RequestError
 from .format.header import INCOMPAT_JOURNAL, Header, check_usable, journal_extension_of, parse_header
 from .format.header_rewrite import HeaderPlan, plan_attach, plan_detach
 from .format.journal import ALIGNMENT, MIN_RING, SLOTS_LENGTH, Location, Slot
@@ -230,9 +230,19 @@ def _last_used(file: Storage, header: Header, reftable: Table, plan: ReplayPlan 
 
 
 def _stages(file: Storage, plan: HeaderPlan) -> Operation[None]:
+    """Raises OSError; RequestError (ENOSPC) where the header lies in a hole of the host file: nothing is lost."""
     for stage in plan.stages:
         for offset, content in stage:
-            yield Write(file, offset, [content])
+            try:
+                yield Write(file, offset, [content])
+            except OSError as error:
+                if error.errno in NO_ROOM:
+                    raise RequestError(
+                        errno.ENOSPC,
+                        "no room in the host file system for the image's header: it says what it said, and nothing is "
+                        "lost; make room, then serve the image again or run nbd-qcow2j recover",
+                    ) from error
+                raise
         yield Sync(file)
 
 
@@ -259,21 +269,35 @@ def _attach(
     # The ring is written with real zeros: a synchronous write into blocks that the host file system must first
     # allocate or convert would cost a commit of the file system as well.
     zeros = bytes(1 << 20)
-    for at in range(location.ring_offset, location.offset + location.length, len(zeros)):
-        yield Write(file, at, [zeros[: location.offset + location.length - at]])
-    for generation in (0, 1):
-        slot = Slot(
-            uuid=uuid, page_size=geometry.page_size, generation=generation, ring_length=location.ring_length,
-            tail_position=0, tail_sequence=1, previous_crc=0, last_committed=0,
-        )  # fmt: skip
-        yield Write(file, location.offset + generation % 2 * ALIGNMENT, [slot.to_block()])
-    yield Sync(file)
+    try:
+        for at in range(location.ring_offset, location.offset + location.length, len(zeros)):
+            yield Write(file, at, [zeros[: location.offset + location.length - at]])
+        for generation in (0, 1):
+            slot = Slot(
+                uuid=uuid, page_size=geometry.page_size, generation=generation, ring_length=location.ring_length,
+                tail_position=0, tail_sequence=1, previous_crc=0, last_committed=0,
+            )  # fmt: skip
+            yield Write(file, location.offset + generation % 2 * ALIGNMENT, [slot.to_block()])
+        yield Sync(file)
+    except OSError as error:
+        # The image is the plain one that it was; what was begun behind it must not keep the disk full.
+        yield Truncate(file, size)
+        if error.errno in NO_ROOM:
+            raise ImageError(
+                f"{name}: no room in the host file system for the journal of {location.length} bytes that serving for "
+                f"writing needs: make room, choose a smaller journal-size, or serve it with read-only=true"
+            ) from error
+        raise
     yield from _stages(file, header_plan)
     return location
 
 
 def detach(disk: Disk) -> Operation[None]:
-    """Send everything home and leave a plain qcow2 file. Raises DeviceFailed when the device is latched."""
+    """Send everything home and leave a plain qcow2 file.
+
+    Raises DeviceFailed when the device is latched, RequestError (ENOSPC) when the host file system has no room
+    for what must go home: the image stays attached, and nothing is lost.
+    """
     log = disk.log
     log.check()
     yield from drain(disk)
@@ -285,7 +309,9 @@ def detach(disk: Disk) -> Operation[None]:
         yield from _tidy(disk, location)
         yield Sync(file)
     except OSError as error:
-        raise log.latch(error, "detach") from error
+        raise log.latch(
+            error, "detach (everything is home; serve the image again or run nbd-qcow2j recover)"
+        ) from error
 
 
 def _tidy(disk: Disk, location: Location) -> Operation[None]:
@@ -315,5 +341,6 @@ def _tidy(disk: Disk, location: Location) -> Operation[None]:
         for first, count in runs_of(free):
             yield Punch(file, first * size, count * size)
     except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+        # A file system may need room to give some back; what stays is free in the image all the same.
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS) and error.errno not in NO_ROOM:
             raise

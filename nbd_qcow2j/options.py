@@ -182,6 +182,11 @@ class Options:
         minimum=4 * KIB,
         maximum=GIB,
     )
+    in_place: bool = _option(
+        True,
+        _BOOL_KIND,
+        "smaller writes into clusters that the image has already go straight there; false takes them into the journal",
+    )
     l2_cache: int = _option(
         16 * MIB,
         _SIZE_KIND,

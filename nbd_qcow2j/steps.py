@@ -6,8 +6,8 @@ memory only; what it yields is a `Step`, done *without* the lock, whose result i
     Invariant: a `yield` is the only place where another operation can come between.
 
 `driver.py` runs operations with real files and threads; tests run the same generators one step at a
-time, in any order, with a cut between any two. A step that fails is thrown into the operation as the
-`OSError` it raised.
+time, in any order, with a cut between any two. What a step raises (an `OSError` of the disk, an `ImageError`
+of what was read, a `MemoryError`) is thrown into the operation: what it holds is given back under the lock.
 
 A `Wait` names a `Gate`; the operation is run again when the gate was opened after it yielded, and looks
 again at its condition: `while not condition: yield Wait(gate)`.
@@ -159,6 +159,15 @@ class Compute(Step):
         return self.function()
 
 
+class Pause(Step):
+    """Nothing to do: others may have the lock. For who has much to change, none of it urgent."""
+
+    __slots__ = ()
+
+    def perform(self) -> None:
+        return
+
+
 class Batch(Step):
     """Do the steps in order, as one. Sends back the list of their results."""
 
@@ -203,7 +212,7 @@ Operation = Generator[Step, Any, T]
 def run_simply(operation: Operation[T]) -> T:
     """Run an operation where nothing else runs (opening, the command line): a `Wait` is an error."""
     result: Any = None
-    failure: OSError | None = None
+    failure: BaseException | None = None
     while True:
         try:
             step = operation.send(result) if failure is None else operation.throw(failure)
@@ -213,5 +222,5 @@ def run_simply(operation: Operation[T]) -> T:
         result, failure = None, None
         try:
             result = step.perform()
-        except OSError as error:
+        except BaseException as error:
             failure = error

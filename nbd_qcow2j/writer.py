@@ -6,7 +6,9 @@ little to do. Requests never hop into it; they only wake it.
     room        while the pool is low; when freed clusters may be given back
 
 Each step is an operation of the engine, run in a worker thread by the driver: an fdatasync must not keep the
-other tasks waiting. A task that fails latches the device; waiting requests are woken by that.
+other tasks waiting. A task that fails, in whatever way, latches the device at once and under the lock: waiting
+requests, and the steps of the other tasks, are woken by that. No step waits for ring room: only the checkpoint
+makes it, and a step that waited would keep `stop` waiting.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import trio
 
 from . import checkpoint
 from .disk import Disk
-from .errors import DeviceFailed, Error, RequestError
+from .errors import DeviceFailed, RequestError
 from .steps import Operation
 
 HALF_FULL = 0.5
@@ -65,6 +67,12 @@ class _Bell:
         rung, self.rung = self.event.is_set(), False
         self.event = trio.Event()
         return rung
+
+
+def _latch(disk: Disk, error: BaseException) -> Operation[None]:
+    disk.log.latch(error, "background work")
+    return
+    yield
 
 
 class Writer:
@@ -116,7 +124,7 @@ class Writer:
         try:
             trio.run(self._tasks)
         except BaseException as error:
-            self.disk.log.latch(error, "the writer ended")
+            self.run(_latch(self.disk, error))
         finally:
             self._started.set()
 
@@ -136,8 +144,12 @@ class Writer:
         except DeviceFailed:
             # Latched: requests have been told; reading goes on without a writer.
             return
-        except Error as error:
-            self.disk.log.latch(error, "background work")
+        except trio.Cancelled:
+            raise
+        except BaseException as error:
+            # Order: before the other tasks are cancelled: a step of theirs may wait for what only this task does,
+            # and the nursery waits for it.
+            self.run(_latch(self.disk, error))
 
     async def _step(self, operation: Operation[Any]) -> Any:
         # Not abandoned on cancel: what a step has begun on the disk must end before the journal is detached.
@@ -149,7 +161,9 @@ class Writer:
             await self._commit.wait(self.settings.commit_interval)
             log.check()
             if not log.running.empty:
-                await self._step(log.commit_upto(log.last_number()))
+                await self._step(checkpoint.settle(self.disk))
+                if not log.may_commit():
+                    self._checkpoint.ring()
 
     def _full(self) -> float:
         return max(checkpoint.fill(self.disk), self.disk.pending.size_bytes / self.settings.pending_limit)
@@ -168,18 +182,17 @@ class Writer:
                     tight or self._full() >= HALF_FULL or (idle and (disk.pending.clusters or log.ring.transactions))
                 ):
                     break
-                try:
-                    started = time.perf_counter_ns()
-                    done = await self._step(checkpoint.round_(disk, tight=tight))
-                    self.observe(time.perf_counter_ns() - started)
-                except RequestError:
-                    done = False
+                starved = log.starvations
+                started = time.perf_counter_ns()
+                least = 0 if idle or tight else log.ring.length // 8
+                done = await self._step(checkpoint.round_(disk, tight=tight, least_bytes=least))
+                self.observe(time.perf_counter_ns() - started)
                 if done:
                     # The links of this round are what lets the next one move the tail.
                     await self._step(checkpoint.settle(disk))
                 self._room.ring()
                 if not done:
-                    await trio.sleep(RETRY_SECONDS if tight else 0.01)
+                    await trio.sleep(RETRY_SECONDS if tight or log.starvations != starved else 0.01)
                     break
                 if idle:
                     seen = log.running.number
@@ -188,6 +201,7 @@ class Writer:
         disk = self.disk
         allocator = disk.allocator
         while True:
+            disk.log.check()
             if disk.epochs.releasable:
                 await self._step(allocator.release())
             if allocator.available < allocator.grow_step:

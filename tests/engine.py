@@ -203,7 +203,7 @@ def client(engine: Engine, oracle: Oracle, rng: Random, count: int, numbers: Ite
 
 
 def background(engine: Engine, rng: Random) -> Operation[None]:
-    """What the writer does, in any order, as long as somebody runs it; it never waits for the clock."""
+    """What the writer's checkpoint and room tasks do, in any order; they never wait for the clock."""
     disk = engine.disk
     assert disk is not None
     while True:
@@ -212,13 +212,25 @@ def background(engine: Engine, rng: Random) -> Operation[None]:
         if tight or choice == 0:
             yield from checkpoint.round_(disk, tight=tight, clusters=rng.choice((1, 4, 64)))
         elif choice == 1:
-            yield from disk.log.commit_upto(disk.log.last_number())
+            yield from checkpoint.settle(disk)
         elif choice == 2:
             yield from disk.allocator.release()
-        gate = Gate("background turn")
-        wait = Wait(gate)
-        engine_wakes.append(gate)
-        yield wait
+        yield _turn()
+
+
+def committer(engine: Engine) -> Operation[None]:
+    """The writer's commit task: it may have to wait for the checkpoint, so it is a task of its own."""
+    disk = engine.disk
+    assert disk is not None
+    while True:
+        yield from disk.log.commit_upto(disk.log.last_number())
+        yield _turn()
+
+
+def _turn() -> Wait:
+    gate = Gate("background turn")
+    engine_wakes.append(gate)
+    return Wait(gate)
 
 
 engine_wakes: list[object] = []

@@ -99,7 +99,7 @@ class Task:
         if self._step is not None and not self._in_flight:
             try:
                 self._begin(self._step)
-            except OSError as error:
+            except (OSError, Error) as error:
                 self._in_flight = False
                 self._stack.clear()
                 return self._run(failure=error)
@@ -126,7 +126,7 @@ class Task:
             result = results
         return self._run(result)
 
-    def _run(self, result: Any = None, *, failure: OSError | None = None) -> None:
+    def _run(self, result: Any = None, *, failure: Exception | None = None) -> None:
         """One hold of the lock: the operation's code up to its next yield."""
         self._step = None
         try:

@@ -19,6 +19,7 @@ from engine import (
     Shape,
     background,
     client,
+    committer,
     engine_wakes,
     initial_contents,
     reference_counts,
@@ -58,6 +59,7 @@ def play(seed: int, image: SimDisk, shape: Shape, *, probes: int = 4, limit: int
             for number in range(rng.choice((1, 2, 3))):
                 stepper.add(client(engine, oracle, rng, rng.randint(1, 12), numbers), f"client {number}")
             stepper.add(background(engine, rng), "writer", daemon=True)
+            stepper.add(committer(engine), "committer", daemon=True)
             for _ in range(probes):
                 done = run_on(stepper, rng.randint(1, 120))
                 for state in image.crash_states(limit, rng):

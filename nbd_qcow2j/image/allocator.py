@@ -20,7 +20,7 @@ from array import array
 from collections import deque
 from typing import TYPE_CHECKING
 
-from ..errors import ImageError, RequestError
+from ..errors import NO_ROOM, ImageError, RequestError
 from ..format.header_rewrite import set_refcount_table
 from ..format.tables import REFTABLE_OFFSET_MASK
 from ..geometry import Geometry
@@ -141,9 +141,17 @@ class Allocator:
             return
         self.growing = True
         try:
-            yield from self.grow_pool(max(self.grow_step, count - self.available))
+            needed = count - self.available
+            try:
+                yield from self.grow_pool(max(self.grow_step, needed))
+            except OSError as error:
+                # Nearly full: there may be room for what is asked, if not for a stock.
+                if error.errno not in NO_ROOM or needed >= self.grow_step:
+                    raise
+                if self.available < count:
+                    yield from self.grow_pool(count - self.available)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno in NO_ROOM:
                 raise RequestError(errno.ENOSPC, f"no room in the host file system: {error.strerror}") from error
             raise self.log.latch(error, "allocating space in the image file") from error
         finally:
@@ -171,7 +179,12 @@ class Allocator:
         if self.discard:
             for first, count in runs_of(clusters):
                 # Order: punch, then allocate again; the other way round would punch somebody's data.
-                yield Punch(self.storage, first * size, count * size)
+                try:
+                    yield Punch(self.storage, first * size, count * size)
+                except OSError:
+                    # Nothing is lost: space that could not be given back (a file system may need room for
+                    # that) is made zero before it is used again.
+                    continue
         self.held.difference_update(clusters)
         self.found.extend(clusters)
 
@@ -210,11 +223,14 @@ class Allocator:
         self.scan_at = end
         if block is None:
             return
+        # What was released or given back while the block was read is free, and found already: twice found
+        # would be handed out twice.
+        known = set(self.found)
         base = first - first % per_block
         low, high = self.ring_clusters
         for start, stop in block.zero_runs(end - base):
             for cluster in range(max(base + start, first), base + stop):
-                if cluster and not low <= cluster < high and cluster not in self.held:
+                if cluster and not low <= cluster < high and cluster not in self.held and cluster not in known:
                     self.found.append(cluster)
 
     def _extend(self, count: int) -> Operation[None]:

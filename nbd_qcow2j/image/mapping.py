@@ -160,10 +160,11 @@ class Mapping:
                 if block is not None:
                     block.pins += 1
             host = allocator.reserve(token=token)
-            new_block = yield from allocator.load_block(host)
-            assert new_block is not None, "a pool cluster has its refcount block"
-            new_block.pins += 1
+            new_block, linked = None, False
             try:
+                new_block = yield from allocator.load_block(host)
+                assert new_block is not None, "a pool cluster has its refcount block"
+                new_block.pins += 1
                 table = Table(
                     host << self.geometry.cluster_bits,
                     old.entries[:] if old is not None else array("Q", bytes(self.geometry.cluster_size)),
@@ -172,17 +173,24 @@ class Mapping:
                 # changed, so the copy cannot be outdated by the time it is linked).
                 yield Write(storage, table.host_offset, [table.to_bytes()])
                 log.note_data()
-                self.cache.install(table)
-                table.pins += 1
-                allocator.raise_new(host)
-                self.l1.entries[index] = table.host_offset | OFLAG_COPIED
-                log.note_entry(self.l1, index)
-                if old is not None and allocator.drop(old.host_offset >> self.geometry.cluster_bits):
-                    log.running.forget_sectors(old.host_offset, old.length)
-                    log.running.note_host_revoke(old.host_offset, old.length)
-                    self.cache.forget(old.host_offset)
+                with log.whole_or_latched("new L2 table"):
+                    self.cache.install(table)
+                    table.pins += 1
+                    linked = True
+                    allocator.raise_new(host)
+                    self.l1.entries[index] = table.host_offset | OFLAG_COPIED
+                    log.note_entry(self.l1, index)
+                    if old is not None and allocator.drop(old.host_offset >> self.geometry.cluster_bits):
+                        log.running.forget_sectors(old.host_offset, old.length)
+                        log.running.note_host_revoke(old.host_offset, old.length)
+                        self.cache.forget(old.host_offset)
             finally:
-                new_block.pins -= 1
+                if not linked:
+                    # The caller still counts on its token.
+                    allocator.give_back(host)
+                    allocator.tokens += token
+                if new_block is not None:
+                    new_block.pins -= 1
                 if old is not None and block is not None:
                     block.pins -= 1
             return table, token

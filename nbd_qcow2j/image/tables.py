@@ -209,8 +209,7 @@ class TableCache:
                 data[at : at + SECTOR] = entry[0]
 
     def _shrink(self) -> None:
-        # The newest stays, however many of the others cannot go: whoever loaded it looks it up in this hold, and
-        # would load it again for ever.
+        # Never the last: whoever has just loaded it counts on it.
         for host_offset, table in list(self.tables.items())[:-1]:
             if len(self.tables) <= self.limit:
                 return

@@ -16,10 +16,12 @@ those that come while it runs share the next).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ..errors import DeviceFailed
+from ..errors import DeviceFailed, RequestError
 from ..format.journal import EncodedTransaction, encode_transaction
 from ..geometry import SECTOR, Geometry
 from ..steps import Compute, Gate, Operation, Sync, Wait, WriteSync
@@ -56,6 +58,8 @@ class Log:
         self.room_gate = Gate("ring room")
         self.on_pressure: Callable[[], object] = lambda: None
         """Called when somebody waits for the tail: wake the checkpoint."""
+        self.starvations = 0
+        """How often the checkpoint could not go on because the host file system has no room."""
         self.on_stale: Callable[[int], object] = lambda host_offset: None
         self.commits = self.commit_bytes = self.commit_pages = 0
         self.observe_commit: Callable[[int, int], object] = lambda pages, length: None
@@ -76,11 +80,40 @@ class Log:
         if self.failed is not None:
             raise self.failed
 
+    @contextmanager
+    def whole_or_latched(self, what: str) -> Iterator[None]:
+        """Changes that belong together, in one hold: an exception half-way latches the device in that hold.
+
+        Crash: nothing. But a commit on top of half a change would make it durable.
+        """
+        try:
+            yield
+        except DeviceFailed:
+            raise
+        except BaseException as error:
+            raise self.latch(error, what) from error
+
     # ---- credits
 
+    def starve(self) -> None:
+        """Nothing can go home for want of room in the host file system: who waits for the tail is told."""
+        self.starvations += 1
+        self.room_gate.open()
+
+    def wait_for_room(self, starved: int) -> Operation[None]:
+        """Wait until the checkpoint did something; `starved`: `starvations` when the caller began to want it.
+
+        Raises RequestError (ENOSPC).
+        """
+        # Every wait ends: this one when the checkpoint has tried since, and found the host file system full.
+        if self.starvations != starved:
+            raise RequestError(errno.ENOSPC, "no room in the host file system to send home what the journal holds")
+        self.on_pressure()
+        yield Wait(self.room_gate)
+
     def take_credits(self, cost: int) -> Operation[None]:
-        """Wait until the ring has room for `cost` bytes more, and take them. Raises DeviceFailed."""
-        ring = self.ring
+        """Wait until the ring has room for `cost` bytes more, and take them. Raises DeviceFailed, RequestError."""
+        ring, starved = self.ring, self.starvations
         while True:
             self.check()
             wanted = self.running.size + ring.outstanding + cost
@@ -90,14 +123,12 @@ class Log:
                 elif self.committing is not None:
                     yield Wait(self.commit_gate)
                 else:
-                    self.on_pressure()
-                    yield Wait(self.room_gate)
+                    yield from self.wait_for_room(starved)
                 continue
             if ring.has_room(running=self.running.size, cost=cost):
                 ring.outstanding += cost
                 return
-            self.on_pressure()
-            yield Wait(self.room_gate)
+            yield from self.wait_for_room(starved)
 
     def try_credits(self, cost: int) -> bool:
         ring = self.ring
@@ -118,7 +149,8 @@ class Log:
         return self.running.number if not self.running.empty else self.running.number - 1
 
     def commit_upto(self, number: int) -> Operation[None]:
-        """Return when transaction `number` is committed. Raises DeviceFailed."""
+        """Return when transaction `number` is committed. Raises DeviceFailed, RequestError (ENOSPC)."""
+        starved = self.starvations
         while self.committed < number:
             self.check()
             if self.committing is not None:
@@ -126,8 +158,7 @@ class Log:
             elif self.may_commit():
                 yield from self.commit()
             else:
-                self.on_pressure()
-                yield Wait(self.room_gate)
+                yield from self.wait_for_room(starved)
         self.check()
 
     def may_commit(self) -> bool:
@@ -166,12 +197,14 @@ class Log:
             encoded = None
             if transaction.in_ring:
                 encoded = yield from self._write(transaction, sectors)
-        except OSError as error:
+            self.committing = None
+            self.check()
+            self._committed(transaction, sectors, encoded)
+        except (DeviceFailed, GeneratorExit):
+            raise
+        except BaseException as error:
             self.committing = None
             raise self.latch(error, f"commit of transaction {transaction.number}") from error
-        self.committing = None
-        self.check()
-        self._committed(transaction, sectors, encoded)
 
     def sync_data(self, storage: Storage) -> Operation[None]:
         """fdatasync, noting what it covers: the writes that had *returned* before it began."""
