@@ -139,6 +139,9 @@ def open_disk(
         for offset, length in disk.log.ring.place(0, len(plan.log)) if len(plan.log) else ():
             yield WriteSync(file, offset, [plan.log[at : at + length]])
             at += length
+        # The slot likewise: the tail that it names is believed from here on, and what lies before it is written over.
+        slot = plan.slot
+        yield WriteSync(file, disk.log.ring.slot_offset(slot.generation), [slot.to_block()])
         yield Sync(file)
     return disk
 

@@ -89,6 +89,11 @@ class Task:
         self._begun: Any = None
         self._in_flight = False
 
+    @property
+    def step(self) -> Step | None:
+        """What its last `yield` asked for: to be begun, or in flight."""
+        return None if self.done else self._step
+
     def move(self, *, whole_steps: bool = False) -> None:
         """Begin the step, or return from it and run up to the next."""
         if self._step is not None and not self._in_flight:
