@@ -26,7 +26,7 @@ from .format.header import (
     journal_extension_of,
     parse_header,
 )
-from .format.header_rewrite import HeaderPlan, plan_attach, plan_detach
+from .format.header_rewrite import HeaderPlan, plan_attach, plan_detach, used_end
 from .format.journal import ALIGNMENT, MIN_RING, SLOTS_LENGTH, Location, Slot
 from .format.tables import REFTABLE_OFFSET_MASK, table_from_bytes
 from .geometry import SECTOR
@@ -40,7 +40,7 @@ from .journal.replay import ReplayPlan, plan_replay
 from .journal.ring import Ring
 from .journal.transaction import CommittedTransaction
 from .pending import Page
-from .steps import FileSize, Operation, Punch, Read, Sync, Truncate, Write, WriteSync
+from .steps import DropCached, FileSize, Operation, Punch, Read, Sync, Truncate, Write, WriteSync
 
 if TYPE_CHECKING:
     from .image.backing import Layer
@@ -109,7 +109,13 @@ def open_disk(
     if not read_only:
         yield Sync(file)
     header, data = yield from read_header(file, name=name)
+    if not read_only and header.incompatible & INCOMPAT_JOURNAL:
+        # Crash: pages whose sync failed under an earlier server are clean in the page cache and not on the disk;
+        # what is served must be what a cut would leave.
+        yield DropCached(file)
+        header, data = yield from read_header(file, name=name)
     _check_usable(header, write=not read_only, recover=recover, name=name)
+    found = data
     plan = yield from read_journal(file, header, name=name)
     if plan is not None and 0 in plan.sectors:
         data = plan.sectors[0][0] + data[SECTOR:]
@@ -133,17 +139,27 @@ def open_disk(
         name=name,
     )
     if plan is not None and not read_only:
-        # What a killed server left in the page cache looks committed and may never have reached the disk, and a
-        # sync that failed before the kill will not fail again: the accepted log is written again, byte for byte.
-        at = 0
-        for offset, length in disk.log.ring.place(0, len(plan.log)) if len(plan.log) else ():
-            yield WriteSync(file, offset, [plan.log[at : at + length]])
-            at += length
-        # The slot likewise: the tail that it names is believed from here on, and what lies before it is written over.
-        slot = plan.slot
-        yield WriteSync(file, disk.log.ring.slot_offset(slot.generation), [slot.to_block()])
-        yield Sync(file)
+        yield from _write_again(disk, plan, header, found)
     return disk
+
+
+def _write_again(disk: Disk, plan: ReplayPlan, header: Header, found: bytes) -> Operation[None]:
+    """Write what was believed, byte for byte: the log, the slot, the header as it was `found`.
+
+    Crash: none of it changes anything, torn or not. Without it: what a killed server left in the page cache looks
+    committed and may never have reached the disk, and a sync that failed before the kill will not fail again.
+    """
+    file, at = disk.file, 0
+    for offset, length in disk.log.ring.place(0, len(plan.log)) if len(plan.log) else ():
+        yield WriteSync(file, offset, [plan.log[at : at + length]])
+        at += length
+    # The tail that the slot names is believed from here on, and what lies before it is written over.
+    yield WriteSync(file, disk.log.ring.slot_offset(plan.slot.generation), [plan.slot.to_block()])
+    # Order: sector 0 last, as when the journal was attached: it points at what lies behind it.
+    if (end := used_end(header)) > SECTOR:
+        yield WriteSync(file, SECTOR, [found[SECTOR:end]])
+    yield WriteSync(file, 0, [found[:SECTOR]])
+    yield Sync(file)
 
 
 def _check_usable(header: Header, *, write: bool, recover: bool, name: str) -> None:

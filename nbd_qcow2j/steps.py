@@ -159,6 +159,18 @@ class DataRuns(Step):
         return self.storage.data_runs(self.offset, self.length)
 
 
+class DropCached(Step):
+    """Let the page cache forget what it need not keep: reads show what is on the disk. A hint."""
+
+    __slots__ = ("storage",)
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def perform(self) -> None:
+        self.storage.drop_cached()
+
+
 class Compute(Step):
     """Call a function of no arguments that takes long and touches no shared state (inflate)."""
 

@@ -95,6 +95,9 @@ class Storage(Protocol):
     def advise_needed(self, offset: int, length: int) -> None:
         """Begin to read the range. A hint: never fails."""
 
+    def drop_cached(self) -> None:
+        """Let the page cache forget the file's clean pages. A hint: never fails."""
+
     def close(self) -> None:
         """Let go of the file. Idempotent; nothing is synced."""
 
@@ -256,6 +259,10 @@ class FileStorage:
     def advise_needed(self, offset: int, length: int) -> None:
         with suppress(OSError):
             os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def drop_cached(self) -> None:
+        with suppress(OSError):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1

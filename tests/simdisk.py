@@ -296,6 +296,10 @@ class SimStorage:
     def advise_needed(self, offset: int, length: int) -> None:
         self._enter("advise_needed", offset, length)
 
+    def drop_cached(self) -> None:
+        self._enter("drop_cached", 0, 0)
+        self.disk.drop_caches(Random(self.disk.operations))
+
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
         self.finish_write(self.begin_write(offset, buffers))
 

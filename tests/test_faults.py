@@ -201,7 +201,7 @@ def calls_of(play: Play, scenario: Scenario) -> int:
     play.sim.hook = lambda kind, _offset, _length: calls.update([kind])
     play.perform(scenario.steps)
     assert not play.errors, f"without any fault: {play.errors}"
-    for uncounted in ("size", "start_writeback", "advise_needed"):
+    for uncounted in ("size", "start_writeback", "advise_needed", "drop_cached"):
         del calls[uncounted]
     return calls.total()
 
@@ -346,7 +346,7 @@ def fill_up(sim: SimDisk, nth: int) -> None:
 
     def hook(kind: str, _offset: int, _length: int) -> None:
         nonlocal left
-        left -= kind not in ("size", "start_writeback", "advise_needed")
+        left -= kind not in ("size", "start_writeback", "advise_needed", "drop_cached")
         if left == 0:
             for each in ("write", "allocate", "zero_range", "punch"):
                 sim.fail(each, 1, errno.ENOSPC, times=0)

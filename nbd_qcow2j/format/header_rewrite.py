@@ -303,6 +303,11 @@ def _area(extensions: list[Extension]) -> bytes:
     return b"".join(parts) + bytes(8)
 
 
+def used_end(header: Header) -> int:
+    """One past the last sector of the header cluster that is in use, bytes."""
+    return _whole_sectors(_end_of(header))
+
+
 def _end_of(header: Header) -> int:
     """One past the last byte of the header cluster that is in use."""
     end = header.header_length + len(_area(list(header.extensions)))
