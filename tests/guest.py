@@ -159,14 +159,14 @@ class Guest:
             words += ["-drive", f"file={root},format=raw,if=virtio,discard=unmap"]
         self.attach = ""
         self._socat: subprocess.Popen[bytes] | None = None
+        self._errors = work / f"{self._messages.stem}.err"
+        with self._errors.open("wb") as errors:
+            self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
         if socket:
             port = free_port()
             listen = f"TCP-LISTEN:{port},bind=127.0.0.1,reuseaddr,fork,nodelay"
             self._socat = subprocess.Popen(["socat", "-lf", "/dev/null", listen, f"UNIX-CONNECT:{socket}"])
             self.attach = attach_line(port)
-        self._errors = work / f"{self._messages.stem}.err"
-        with self._errors.open("wb") as errors:
-            self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._reports: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=self._receive, daemon=True).start()
