@@ -68,7 +68,7 @@ def write_in_place(disk: Disk, offset: int, view: memoryview) -> Operation[bool]
 
     Crash before its commit: any mixture of old and new sectors, as of any write that was not flushed.
     """
-    if not disk.settings.in_place or not (yield from _learn_home(disk, offset // disk.geometry.cluster_size)):
+    if not disk.prefers_in_place() or not (yield from _learn_home(disk, offset // disk.geometry.cluster_size)):
         return False
     home = disk.begin_in_place(offset, len(view))
     if home < 0:

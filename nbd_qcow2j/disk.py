@@ -92,6 +92,8 @@ class Disk:
         self.own_homes: dict[int, int] = {}
         """Guest cluster -> host offset of a cluster that was found to be ours alone: what may be written in place.
         Forgotten (`touch`) by whoever changes where the cluster lives, in the hold of the change."""
+        self.allocated_in = -1
+        """Number of the last transaction that has a page whose cluster had no home when it became pending."""
         self.page_size = geometry.page_size
         self.page_cost = log.running.page_cost
         self.page_bits = geometry.page_size.bit_length() - 1
@@ -364,7 +366,9 @@ class Disk:
         if pending.count + self.incoming + count > self.pending_most:
             return False
         if cluster not in pending.clusters:
-            if self.settings.in_place and cluster not in self.own_homes and self.find_contiguous(offset, length) >= 0:
+            if self.find_contiguous(offset, length) < 0:
+                self.allocated_in = running.number
+            elif cluster not in self.own_homes and self.prefers_in_place():
                 # It may be possible to write it in place: somebody has to look.
                 return False
             if self.tokens_needed(cluster) > self.allocator.available:
@@ -391,12 +395,23 @@ class Disk:
         """
         cluster = offset >> self._bits
         home = self.own_homes.get(cluster, -1)
-        if home < 0 or (offset + length - 1) >> self._bits != cluster or self.log.failed is not None:
+        if home < 0 or not self.prefers_in_place():
+            return -1
+        if (offset + length - 1) >> self._bits != cluster or self.log.failed is not None:
             return -1
         if cluster in self.excluded or not self._has_no_version(cluster, offset, length):
             return -1
         self.excluded.add(cluster)
         return home + (offset & self._below)
+
+    def prefers_in_place(self) -> bool:
+        """Whether overwrites go in place now: not while other writes allocate.
+
+        A flush of both would pay for an fdatasync, of the checkpoint's data as well, and for the ring; one that
+        writes the ring anyhow takes overwrites along. 4 KiB random writes over 16 GiB, flush every 32, of which one
+        in fifteen met an allocated cluster: in place always, half of the commits began with an fdatasync.
+        """
+        return self.settings.in_place and self.log.running.number - self.allocated_in > 1
 
     def end_in_place(self, offset: int, length: int) -> bool:
         """The write returned. False: a page of the range got a newer version meanwhile, which must be written over.
