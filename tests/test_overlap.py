@@ -12,7 +12,8 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from conftest import run
+from conftest import PROGRAM, Server, run
+from damage import find_sites
 from engine import Engine, Shape, settle
 from simdisk import SimStorage
 
@@ -339,3 +340,35 @@ def test_a_table_without_a_refcount_is_not_changed(image: Image) -> None:
     settle(engine, detach(disk))
     assert image.sim.current_size < 1 << 30
     assert image.is_corrupt
+
+
+def test_a_client_is_told_eio_and_the_log_says_why(
+    make_image: Callable[..., Path], serve: Callable[..., Server]
+) -> None:
+    import nbd  # noqa: PLC0415 -- only here
+
+    path = make_image()
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 256k", path)
+    data = bytearray(path.read_bytes())
+    header, sites = find_sites(bytes(data))
+    data[sites.l2[0] : sites.l2[0] + 8] = (COPIED | header.l1_offset).to_bytes(8, "big")
+    path.write_bytes(data)
+    server = serve(path)
+    handle = server.connect()
+    for at in (0, 1 << 20):
+        with pytest.raises(nbd.Error) as caught:
+            handle.pwrite(b"x" * (64 << 10), at)
+        assert caught.value.errno == "EIO"
+    assert bytes(handle.pread(65536, 65536)) == b"\7" * 65536
+    handle.shutdown()
+    server.stop()
+    assert "guest cluster 0 names host cluster" in server.log
+    assert "which is the active L1 table" in server.log
+    assert "Traceback" not in server.log
+    assert "corrupt: true" in run("qemu-img", "info", path).stdout
+    done = run(PROGRAM, "serve", path, "--socket", path.with_suffix(".sock"), check=False)
+    assert done.returncode != 0
+    assert "marked corrupt" in done.stderr
+    assert done.stderr.count("\n") == 1
+    server = serve(path, "--read-only")
+    assert bytes(server.connect().pread(65536, 65536)) == b"\7" * 65536
