@@ -12,6 +12,7 @@ from __future__ import annotations
 import resource
 import signal
 import struct
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from conftest import run
 from crc32c import crc32c
 from damage import Recipe, find_sites, make_image
 from engine import Engine, Shape, settle
@@ -429,6 +431,19 @@ def test_many_hostile_images() -> None:
 @pytest.mark.sweep
 def test_many_hostile_journals() -> None:
     fuzz(changed_journals(), 5000, derandomize=False)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("what", ["images", "journals"])
+def test_fuzzing_that_follows_coverage_finds_nothing(what: str, tmp_path: Path) -> None:
+    pytest.importorskip("atheris", reason="there is no atheris for this platform")
+    program = Path(__file__).with_name("guided.py")
+    options = ["-runs=4000", "-len_control=0", "-max_len=2048", "-seed=1", "-print_final_stats=1"]
+    done = run(sys.executable, program, what, *options, check=False, cwd=tmp_path)
+    assert done.returncode == 0, f"{done.stderr[-6000:]}\n{list(tmp_path.iterdir())}"
+    executed = [line for line in done.stderr.splitlines() if line.startswith("stat::number_of_executed_units")]
+    assert executed
+    print(f"guided by coverage, {what}: {executed[0].split()[-1]} inputs")
 
 
 # ---- backing names
