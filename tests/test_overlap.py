@@ -6,6 +6,7 @@ What was accepted before the damage was met goes to a new home; what the damaged
 from __future__ import annotations
 
 import errno
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -372,3 +373,56 @@ def test_a_client_is_told_eio_and_the_log_says_why(
     assert done.stderr.count("\n") == 1
     server = serve(path, "--read-only")
     assert bytes(server.connect().pread(65536, 65536)) == b"\7" * 65536
+
+
+@pytest.mark.parametrize("name", ["L1 table", "refcount table", "free cluster"])
+def test_marking_and_closing_can_be_cut_anywhere(image: Image, name: str) -> None:
+    # Scenario: two pages are accepted and flushed, one of them below the damaged entry; a direct write meets the
+    # damage, the mark is committed, the image is closed. Cut before each operation, recover, look at everything.
+    image.put(image.tables[0], COPIED | DATA[name][0](image))
+    second_table = image.bytes(image.tables[1], CLUSTER)
+    engine, rng = Engine(image.sim, SHAPE, Random(2)), Random(3)
+    disk = engine.open()
+    write_page(engine, 0, b"p" * CLUSTER)
+    write_page(engine, 4 << 20, b"q" * CLUSTER)
+    settle(engine, disk.flush())
+    seen: Counter[str] = Counter()
+    operations = -1
+
+    def look(kind: str, offset: int, length: int) -> None:
+        nonlocal operations
+        if image.sim.operations == operations:
+            return
+        operations = image.sim.operations
+        for state in image.sim.crash_states(10, rng):
+            again = Engine(state, SHAPE, Random(4))
+            opening = open_disk(
+                again.file, again.background, settings=again.settings, read_only=False, backing=None, uuid=b"u" * 16,
+                name="image", recover=True,
+            )  # fmt: skip
+            try:
+                again.disk = run_simply(opening)
+            except ImageError as error:
+                # Closed and marked.
+                assert "is marked corrupt: qemu-img check" in str(error)
+                seen["closed"] += 1
+            else:
+                seen["marked" if again.disk.corrupt else "not marked"] += 1
+                settle(again, detach(again.disk))
+            after = Engine(state, SHAPE, Random(5), read_only=True).open()
+            for at, content in ((0, b"p"), (4 << 20, b"q"), (PER_TABLE, b"\2"), (2 * PER_TABLE + CLUSTER, b"\3")):
+                data = bytearray(CLUSTER)
+                run_simply(after.read_into(memoryview(data), at))
+                assert bytes(data) == content * CLUSTER, at
+            table = bytearray(CLUSTER)
+            SimStorage(state, "after", read_only=True).read_into(table, image.tables[1])
+            assert bytes(table) == second_table
+
+    image.sim.hook = look
+    refused(engine, changes.write(disk, b"x" * CLUSTER, 0), DATA[name][1])
+    settle(engine, disk.flush())
+    settle(engine, detach(disk))
+    image.sim.hook = None
+    print(f"{sum(seen.values())} cut states: {dict(seen)}")
+    assert min(seen[each] for each in ("closed", "marked", "not marked")) > 0
+    assert image.is_corrupt
