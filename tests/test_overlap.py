@@ -16,11 +16,12 @@ import pytest
 from conftest import PROGRAM, Server, run
 from damage import find_sites
 from engine import Engine, Shape, settle
-from simdisk import SimStorage
+from simdisk import SimDisk, SimStorage
 
 from nbd_qcow2j import changes
 from nbd_qcow2j.errors import ImageError, RequestError
 from nbd_qcow2j.format.header import INCOMPAT_CORRUPT, INCOMPAT_JOURNAL, parse_header
+from nbd_qcow2j.image.snapshots import read_snapshot_table
 from nbd_qcow2j.opening import detach, open_disk
 from nbd_qcow2j.steps import run_simply
 
@@ -426,3 +427,42 @@ def test_marking_and_closing_can_be_cut_anywhere(image: Image, name: str) -> Non
     print(f"{sum(seen.values())} cut states: {dict(seen)}")
     assert min(seen[each] for each in ("closed", "marked", "not marked")) > 0
     assert image.is_corrupt
+
+
+@pytest.mark.parametrize("what", ["the snapshot table", "the L1 table of a snapshot"])
+def test_an_entry_on_what_a_snapshot_needs_is_not_written(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "image.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", path, "8M")
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 1 0 64k", path)
+    run("qemu-img", "snapshot", "-c", "kept", path)
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 2 0 64k", path)
+    data = bytearray(path.read_bytes())
+    header, sites = find_sites(bytes(data))
+    (snapshot,) = read_snapshot_table(header, lambda at, length: bytes(data[at : at + length]), "image")
+    target = {"the snapshot table": header.snapshots_offset, "the L1 table of a snapshot": snapshot.l1_offset}[what]
+    data[sites.l2[0] : sites.l2[0] + 8] = (COPIED | target).to_bytes(8, "big")
+    path.write_bytes(data)
+    engine = Engine(SimDisk.from_file(path), SHAPE, Random(2))
+    disk = engine.open()
+    refused(engine, changes.write(disk, b"x" * CLUSTER, 0), what)
+    settle(engine, detach(disk))
+    engine.sim.to_file(path)
+    assert path.read_bytes()[target : target + 40] == data[target : target + 40]
+
+
+def test_snapshots_are_in_nobodys_way(tmp_path: Path) -> None:
+    # Scenario: shared clusters and tables are copied as ever; nothing of an honest image is called corrupt.
+    path = tmp_path / "image.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", path, "8M")
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 1 0 256k", path)
+    for name in ("one", "two"):
+        run("qemu-img", "snapshot", "-c", name, path)
+    engine = Engine(SimDisk.from_file(path), SHAPE, Random(2))
+    disk = engine.open()
+    for at in range(0, 64 << 10, CLUSTER):
+        settle(engine, changes.guarded(disk, changes.write(disk, b"x" * CLUSTER, at), "write"))
+    settle(engine, changes.guarded(disk, changes.zero(disk, 128 << 10, 64 << 10, trim=True, may_trim=True), "trim"))
+    settle(engine, detach(disk))
+    assert not disk.corrupt
+    engine.sim.to_file(path)
+    run("qemu-img", "check", path)
