@@ -6,7 +6,6 @@ found something is written to `crash-…` in the working directory; `guided.py i
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections import Counter
 
@@ -23,7 +22,7 @@ STRATEGIES = {"images": test_fuzz.changed_images(), "journals": test_fuzz.change
 def main() -> None:
     seen: Counter[str] = Counter()
     test_fuzz.images()
-    test_fuzz.BASELINE[0] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    test_fuzz.BASELINE[0] = test_fuzz.peak_kib(reset=True)
 
     @settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(STRATEGIES[sys.argv.pop(1)])
