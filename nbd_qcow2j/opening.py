@@ -28,12 +28,13 @@ from .format.header import (
 )
 from .format.header_rewrite import HeaderPlan, plan_attach, plan_detach, used_end
 from .format.journal import ALIGNMENT, MIN_RING, SLOTS_LENGTH, Location, Slot
-from .format.tables import REFTABLE_OFFSET_MASK, table_from_bytes
+from .format.tables import MAX_HOST_OFFSET, REFTABLE_OFFSET_MASK, table_from_bytes
 from .geometry import SECTOR
 from .image.allocator import Allocator, runs_of
 from .image.epochs import Epochs
 from .image.mapping import Mapping
 from .image.overlap import Overlaps
+from .image.snapshots import read_snapshot_table
 from .image.tables import HeaderSector, RefcountBlock, Table, TableCache
 from .journal.log import Log
 from .journal.replay import ReplayPlan, plan_replay
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from .storage import Storage
 
 HEADER_READ = 1 << 16
+SNAPSHOTS_READ = 1 << 20
+"""Limit: what is looked at of the snapshot table: some thousands of snapshots."""
 MAX_L1_BYTES = 32 << 20
 MAX_REFTABLE_BYTES = 8 << 20
 """Limits: as in qemu."""
@@ -222,6 +225,9 @@ def _build(
     if not read_only:
         table = header.refcount_table_offset >> bits
         overlaps.read((table, table + header.refcount_table_clusters), reftable.entries, l1.entries)
+        if header.snapshot_count:
+            begin = header.snapshots_offset
+            _keep_snapshots(overlaps, header, bytes((yield Read(file, begin, SNAPSHOTS_READ))), name=name)
     allocator = Allocator(
         background, log, cache, geometry, reftable=reftable, header=HeaderSector(data[:SECTOR]), ring=ring_clusters,
         end=end, discard=settings.discard, overlaps=overlaps,
@@ -240,6 +246,25 @@ def _build(
     if header.incompatible & INCOMPAT_CORRUPT:
         disk.corrupt = "it was marked so earlier"
     return disk
+
+
+def _keep_snapshots(overlaps: Overlaps, header: Header, table: bytes, *, name: str) -> None:
+    """Let nobody write on the snapshot table and the snapshots' L1 tables, as far as `table` shows them."""
+
+    def read(offset: int, length: int) -> bytes:
+        start = offset - header.snapshots_offset
+        return table[start : start + length].ljust(length, b"\0")
+
+    overlaps.keep(header.snapshots_offset, 1, "the snapshot table")
+    try:
+        snapshots = read_snapshot_table(header, read, name)
+    except ImageError:
+        # Serving needs nothing of it; `check` says what is wrong.
+        return
+    overlaps.keep(header.snapshots_offset, snapshots[-1].end - header.snapshots_offset, "the snapshot table")
+    for each in snapshots:
+        if 0 < each.l1_offset < MAX_HOST_OFFSET and each.l1_entries:
+            overlaps.keep(each.l1_offset, min(each.l1_entries * 8, MAX_L1_BYTES), "the L1 table of a snapshot")
 
 
 def _adopt(disk: Disk, plan: ReplayPlan) -> None:

@@ -9,9 +9,10 @@ everything is done with the image on a simulated disk that knows where it was wr
 
 from __future__ import annotations
 
-import resource
+import re
 import signal
 import struct
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from conftest import run
 from crc32c import crc32c
 from damage import Recipe, find_sites, make_image
 from engine import Engine, Shape, settle
@@ -372,16 +374,25 @@ def exercise(data: bytes, name: str, seen: Counter[str]) -> None:
     assert written <= GROWTH
     far = [done for done in sim.history if not 0 <= done.offset <= FARTHEST - done.length]
     assert not far, far
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < BASELINE[0] + MEMORY_KIB
+    assert peak_kib() < BASELINE[0] + MEMORY_KIB
 
 
 BASELINE = [0]
 
 
+def peak_kib(*, reset: bool = False) -> int:
+    """The most memory that this process had since the last reset. Linux: proc(5), clear_refs and VmHWM."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    found = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1])
+
+
 def fuzz(strategy: st.SearchStrategy[tuple[str, bytes]], examples: int, *, derandomize: bool) -> Counter[str]:
     seen: Counter[str] = Counter()
     images()
-    BASELINE[0] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    BASELINE[0] = peak_kib(reset=True)
 
     @settings(
         max_examples=examples, deadline=None, derandomize=derandomize, database=None, print_blob=True,
@@ -401,7 +412,7 @@ def fuzz(strategy: st.SearchStrategy[tuple[str, bytes]], examples: int, *, deran
 def test_undamaged_images_pass(tmp_path: Path) -> None:
     seen: Counter[str] = Counter()
     images()
-    BASELINE[0] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    BASELINE[0] = peak_kib(reset=True)
     for name, data in images().items():
         exercise(data, name, seen)
     assert seen["read: done"] == seen["check: done"] == len(images())
@@ -429,6 +440,19 @@ def test_many_hostile_images() -> None:
 @pytest.mark.sweep
 def test_many_hostile_journals() -> None:
     fuzz(changed_journals(), 5000, derandomize=False)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("what", ["images", "journals"])
+def test_fuzzing_that_follows_coverage_finds_nothing(what: str, tmp_path: Path) -> None:
+    pytest.importorskip("atheris", reason="there is no atheris for this platform")
+    program = Path(__file__).with_name("guided.py")
+    options = ["-runs=4000", "-len_control=0", "-max_len=2048", "-seed=1", "-print_final_stats=1"]
+    done = run(sys.executable, program, what, *options, check=False, cwd=tmp_path)
+    assert done.returncode == 0, f"{done.stderr[-6000:]}\n{list(tmp_path.iterdir())}"
+    executed = [line for line in done.stderr.splitlines() if line.startswith("stat::number_of_executed_units")]
+    assert executed
+    print(f"guided by coverage, {what}: {executed[0].split()[-1]} inputs")
 
 
 # ---- backing names

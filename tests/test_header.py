@@ -13,7 +13,7 @@ from conftest import run
 
 from nbd_qcow2j.errors import ImageError
 from nbd_qcow2j.format.create import new_image
-from nbd_qcow2j.format.header import parse_header
+from nbd_qcow2j.format.header import check_usable, parse_header
 
 CLUSTERS = ("512", "4k", "64k", "2M")
 EXTRAS = ("refcount_bits=1", "refcount_bits=64", "extended_l2=on", "compat=0.10")
@@ -94,3 +94,10 @@ FIELDS = {
 def test_an_impossible_header_is_refused(fields: dict[str, int], says: str) -> None:
     with pytest.raises(ImageError, match=says):
         parse_header(fresh(**fields), file_size=1 << 20, name="image")
+
+
+def test_a_luks_image_is_refused_by_name() -> None:
+    data = fresh()
+    header = parse_header(data[:32] + (2).to_bytes(4, "big") + data[36:], file_size=1 << 20, name="image")
+    with pytest.raises(ImageError, match=r"image is encrypted.*found 2 \(LUKS\)"):
+        check_usable(header, write=False, name="image")

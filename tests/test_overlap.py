@@ -6,19 +6,22 @@ What was accepted before the damage was met goes to a new home; what the damaged
 from __future__ import annotations
 
 import errno
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
-from conftest import run
+from conftest import PROGRAM, Server, run
+from damage import find_sites
 from engine import Engine, Shape, settle
-from simdisk import SimStorage
+from simdisk import SimDisk, SimStorage
 
 from nbd_qcow2j import changes
 from nbd_qcow2j.errors import ImageError, RequestError
 from nbd_qcow2j.format.header import INCOMPAT_CORRUPT, INCOMPAT_JOURNAL, parse_header
+from nbd_qcow2j.image.snapshots import read_snapshot_table
 from nbd_qcow2j.opening import detach, open_disk
 from nbd_qcow2j.steps import run_simply
 
@@ -340,3 +343,127 @@ def test_a_table_without_a_refcount_is_not_changed(image: Image) -> None:
     settle(engine, detach(disk))
     assert image.sim.current_size < 1 << 30
     assert image.is_corrupt
+
+
+def test_a_client_is_told_eio_and_the_log_says_why(
+    make_image: Callable[..., Path], serve: Callable[..., Server]
+) -> None:
+    import nbd  # noqa: PLC0415 -- only here
+
+    path = make_image()
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 256k", path)
+    data = bytearray(path.read_bytes())
+    header, sites = find_sites(bytes(data))
+    data[sites.l2[0] : sites.l2[0] + 8] = (COPIED | header.l1_offset).to_bytes(8, "big")
+    path.write_bytes(data)
+    server = serve(path)
+    handle = server.connect()
+    for at in (0, 1 << 20):
+        with pytest.raises(nbd.Error) as caught:
+            handle.pwrite(b"x" * (64 << 10), at)
+        assert caught.value.errno == "EIO"
+    assert bytes(handle.pread(65536, 65536)) == b"\7" * 65536
+    handle.shutdown()
+    server.stop()
+    assert "guest cluster 0 names host cluster" in server.log
+    assert "which is the active L1 table" in server.log
+    assert "Traceback" not in server.log
+    assert "corrupt: true" in run("qemu-img", "info", path).stdout
+    done = run(PROGRAM, "serve", path, "--socket", path.with_suffix(".sock"), check=False)
+    assert done.returncode != 0
+    assert "marked corrupt" in done.stderr
+    assert done.stderr.count("\n") == 1
+    server = serve(path, "--read-only")
+    assert bytes(server.connect().pread(65536, 65536)) == b"\7" * 65536
+
+
+@pytest.mark.parametrize("name", ["L1 table", "refcount table", "free cluster"])
+def test_marking_and_closing_can_be_cut_anywhere(image: Image, name: str) -> None:
+    # Scenario: two pages are accepted and flushed, one of them below the damaged entry; a direct write meets the
+    # damage, the mark is committed, the image is closed. Cut before each operation, recover, look at everything.
+    image.put(image.tables[0], COPIED | DATA[name][0](image))
+    second_table = image.bytes(image.tables[1], CLUSTER)
+    engine, rng = Engine(image.sim, SHAPE, Random(2)), Random(3)
+    disk = engine.open()
+    write_page(engine, 0, b"p" * CLUSTER)
+    write_page(engine, 4 << 20, b"q" * CLUSTER)
+    settle(engine, disk.flush())
+    seen: Counter[str] = Counter()
+    operations = -1
+
+    def look(kind: str, offset: int, length: int) -> None:
+        nonlocal operations
+        if image.sim.operations == operations:
+            return
+        operations = image.sim.operations
+        for state in image.sim.crash_states(10, rng):
+            again = Engine(state, SHAPE, Random(4))
+            opening = open_disk(
+                again.file, again.background, settings=again.settings, read_only=False, backing=None, uuid=b"u" * 16,
+                name="image", recover=True,
+            )  # fmt: skip
+            try:
+                again.disk = run_simply(opening)
+            except ImageError as error:
+                # Closed and marked.
+                assert "is marked corrupt: qemu-img check" in str(error)
+                seen["closed"] += 1
+            else:
+                seen["marked" if again.disk.corrupt else "not marked"] += 1
+                settle(again, detach(again.disk))
+            after = Engine(state, SHAPE, Random(5), read_only=True).open()
+            for at, content in ((0, b"p"), (4 << 20, b"q"), (PER_TABLE, b"\2"), (2 * PER_TABLE + CLUSTER, b"\3")):
+                data = bytearray(CLUSTER)
+                run_simply(after.read_into(memoryview(data), at))
+                assert bytes(data) == content * CLUSTER, at
+            table = bytearray(CLUSTER)
+            SimStorage(state, "after", read_only=True).read_into(table, image.tables[1])
+            assert bytes(table) == second_table
+
+    image.sim.hook = look
+    refused(engine, changes.write(disk, b"x" * CLUSTER, 0), DATA[name][1])
+    settle(engine, disk.flush())
+    settle(engine, detach(disk))
+    image.sim.hook = None
+    print(f"{sum(seen.values())} cut states: {dict(seen)}")
+    assert min(seen[each] for each in ("closed", "marked", "not marked")) > 0
+    assert image.is_corrupt
+
+
+@pytest.mark.parametrize("what", ["the snapshot table", "the L1 table of a snapshot"])
+def test_an_entry_on_what_a_snapshot_needs_is_not_written(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "image.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", path, "8M")
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 1 0 64k", path)
+    run("qemu-img", "snapshot", "-c", "kept", path)
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 2 0 64k", path)
+    data = bytearray(path.read_bytes())
+    header, sites = find_sites(bytes(data))
+    (snapshot,) = read_snapshot_table(header, lambda at, length: bytes(data[at : at + length]), "image")
+    target = {"the snapshot table": header.snapshots_offset, "the L1 table of a snapshot": snapshot.l1_offset}[what]
+    data[sites.l2[0] : sites.l2[0] + 8] = (COPIED | target).to_bytes(8, "big")
+    path.write_bytes(data)
+    engine = Engine(SimDisk.from_file(path), SHAPE, Random(2))
+    disk = engine.open()
+    refused(engine, changes.write(disk, b"x" * CLUSTER, 0), what)
+    settle(engine, detach(disk))
+    engine.sim.to_file(path)
+    assert path.read_bytes()[target : target + 40] == data[target : target + 40]
+
+
+def test_snapshots_are_in_nobodys_way(tmp_path: Path) -> None:
+    # Scenario: shared clusters and tables are copied as ever; nothing of an honest image is called corrupt.
+    path = tmp_path / "image.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", path, "8M")
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 1 0 256k", path)
+    for name in ("one", "two"):
+        run("qemu-img", "snapshot", "-c", name, path)
+    engine = Engine(SimDisk.from_file(path), SHAPE, Random(2))
+    disk = engine.open()
+    for at in range(0, 64 << 10, CLUSTER):
+        settle(engine, changes.guarded(disk, changes.write(disk, b"x" * CLUSTER, at), "write"))
+    settle(engine, changes.guarded(disk, changes.zero(disk, 128 << 10, 64 << 10, trim=True, may_trim=True), "trim"))
+    settle(engine, detach(disk))
+    assert not disk.corrupt
+    engine.sim.to_file(path)
+    run("qemu-img", "check", path)

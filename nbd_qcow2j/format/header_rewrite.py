@@ -127,7 +127,12 @@ def set_refcount_table(sector: bytes, offset: int, clusters: int) -> bytes:
 def set_corrupt(sector: bytes) -> bytes:
     """Sector 0 with the corrupt bit. Spec: "Header", incompatible bit 1."""
     bits = int.from_bytes(sector[_INCOMPATIBLE_AT : _INCOMPATIBLE_AT + 8], "big")
-    return _with_number(sector, _INCOMPATIBLE_AT, 8, bits | INCOMPAT_CORRUPT)
+    return with_incompatible(sector, bits | INCOMPAT_CORRUPT)
+
+
+def with_incompatible(sector: bytes, bits: int) -> bytes:
+    """Sector 0 with these incompatible features."""
+    return _with_number(sector, _INCOMPATIBLE_AT, 8, bits)
 
 
 def apply_stages(cluster: bytes, stages: Sequence[Stage]) -> bytes:

@@ -65,7 +65,7 @@ def check_image(
     `journal` is (offset, length) of an attached journal's area. Raises ImageError where the image cannot be
     checked at all: the snapshot table cannot be walked, or references are too scattered (memory).
     """
-    check = _Check(header, read, file_size=file_size, name=name)
+    check = References(header, read, file_size=file_size, name=name)
     try:
         check.count_references()
     except Incomplete as reason:
@@ -81,7 +81,16 @@ def check_image(
     return check.report
 
 
-class _Check:
+def counted_references(header: Header, read: Reader, *, file_size: int, name: str) -> References:
+    """All references of an image. Raises Incomplete, ImageError where they cannot be counted."""
+    check = References(header, read, file_size=file_size, name=name)
+    check.count_references()
+    return check
+
+
+class References:
+    """The first half of a check: who names what; findings on the way go into `report`."""
+
     def __init__(self, header: Header, read: Reader, *, file_size: int, name: str) -> None:
         self.header, self.geometry, self.name = header, header.geometry, name
         self.bits, self.size = self.geometry.cluster_bits, self.geometry.cluster_size
@@ -94,6 +103,8 @@ class _Check:
         self.copied, self.plain = Counts(self.memory), Counts(self.memory)
         """Active entries that have the COPIED flag, and those that have not."""
         self.reftable = table_from_bytes(b"")
+        self.tables: Counter[int] = Counter()
+        """How often L1 tables, of snapshots too, name an L2 table, by its offset."""
         self._read = read
         self._readable = min(self.file_size + READ_SLACK, MAX_READ)
         self._zeros = bytes(self.size)
@@ -136,6 +147,7 @@ class _Check:
         tables = self._l1(header.l1_offset, header.l1_entries, "active L1 table", active=True)
         active = Counter(tables)
         tables.update(self._snapshots())
+        self.tables = tables
         for offset in sorted(tables):
             self._l2(offset, tables[offset], active[offset])
         for extension in header.extensions:

@@ -9,7 +9,8 @@ or to drop a reference asks here first (`changes.Prepared`), and the allocator n
     refcount block  it lies on other metadata, or two entries name it: taken as not there, so all that it counts
                  has no refcount, is never freed and never handed out
 
-What is not seen without counting all references (two L2 entries with one data cluster) is `check`'s to find.
+What is not seen without counting all references (two L2 entries with one data cluster, an active entry on a
+snapshot's L2 table) is `check`'s to find.
 
 Crash: nothing here is on disk. A mark that a cut took away is made again when the damage is met again.
 """
@@ -17,10 +18,14 @@ Crash: nothing here is on disk. A mark that a cut took away is made again when t
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from ..errors import ImageError
 from ..format.tables import OFFSET_MASK, REFTABLE_OFFSET_MASK
 from ..geometry import Geometry
+
+MAX_KEPT: Final = 1 << 18
+"""Limit: a table of 65,536 snapshots may claim more than memory should hold; what is beyond is `check`'s to find."""
 
 
 class Overlaps:
@@ -33,6 +38,8 @@ class Overlaps:
         self.tables: set[int] = set()
         """Clusters of active L2 tables."""
         self.blocks: set[int] = set()
+        self.kept: dict[int, str] = {}
+        """Clusters of the snapshot table and of the snapshots' L1 tables."""
         self.counted: set[int] = set()
         """Clusters of L2 tables that were seen to have a refcount: whoever changes a table asks once."""
         self.bad_tables: set[int] = set()
@@ -67,6 +74,13 @@ class Overlaps:
                 self.bad_blocks.add(cluster)
             self.tables.add(cluster)
 
+    def keep(self, offset: int, length: int, what: str) -> None:
+        """Take in something of the snapshots, bytes [offset, offset + length)."""
+        for cluster in range(offset >> self.bits, (offset + length - 1 >> self.bits) + 1):
+            if len(self.kept) >= MAX_KEPT:
+                return
+            self.kept[cluster] = what
+
     def _fixed(self, cluster: int) -> str:
         if cluster == 0:
             return "the header"
@@ -83,7 +97,7 @@ class Overlaps:
             return "an L2 table"
         if cluster in self.blocks:
             return "a refcount block"
-        return self._fixed(cluster)
+        return self.kept.get(cluster) or self._fixed(cluster)
 
     def add_table(self, cluster: int) -> None:
         """A new L2 table, which has a refcount."""
