@@ -330,7 +330,7 @@ WRITES = f"--name=writes --rw=randwrite {ODD} --iodepth=16 --size=16m --io_size=
 # A trim and the write of the same block may not be under way together: a server may do them in any order.
 TRIMS_AND_WRITES = "--name=both --rw=randtrimwrite --bs=4k --iodepth=16 --serialize_overlap=1 --size=16m --io_size=12m"
 UNALIGNED_BOTH = f"--name=odd --rw=randtrimwrite {ODD} --iodepth=1 --size=16m --io_size=8m"
-VERIFY = "--verify=crc32c --verify_fatal=1 --do_verify=1 --randseed=7"
+VERIFY = "--verify=crc32c --verify_fatal=1 --do_verify=1 --verify_state_save=0 --randseed=7"
 TRIMS_BESIDE = f"--name=trims --rw=randtrim {ODD} --iodepth=4 --offset=16m --size=16m"
 
 
