@@ -162,8 +162,7 @@ def after_fork() -> None:
     assert _device is not None
     _start_guard.disarm()
     try:
-        share_cpu(_options.cpu)
-        _device.start()
+        _device.start(share_cpu(_options.cpu))
         if _metrics is not None:
             _metrics.serve(_device.statistics, OPERATIONS, in_flight)
         _socket_file = SocketFile(_options.remove_socket)

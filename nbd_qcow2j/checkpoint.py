@@ -33,7 +33,11 @@ if TYPE_CHECKING:
     from .disk import Disk
     from .image.tables import Table
 
-BATCH_CLUSTERS = 256
+BATCH_CLUSTERS = 64
+BATCH_PAGES = 256
+"""What one round sends home: the disk is busy with its fdatasync, and a flush that comes has to wait for the disk.
+4 KiB random writes, depth 16, flush every 32: 99th percentile of a flush 3.9 ms with 64 clusters a round, 5.5 to 6.3
+with 256."""
 HOLD_CLUSTERS = 16
 """Clusters that are prepared, or linked, in one hold of the lock: some 300 us, for which a flush may have to wait."""
 PAUSE = Pause()
@@ -154,11 +158,14 @@ class _Synchronous(OSError):
 
 
 def _oldest(disk: Disk, most: int) -> list[int]:
+    """At most so many clusters, and not many more than BATCH_PAGES pages."""
     found: list[int] = []
-    for cluster in disk.pending.clusters:
+    count = 0
+    for cluster, pages in disk.pending.clusters.items():
         if cluster not in disk.excluded:
             found.append(cluster)
-            if len(found) == most:
+            count += len(pages)
+            if len(found) == most or count >= BATCH_PAGES:
                 break
     return sorted(found)
 

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 
 ALL_BITS = (1 << 64) - 1
+MANY_OVERWRITES = 32
+"""Overwrites a transaction from which an fdatasync costs less than to journal them and to send them home."""
 MAX_OWN_HOMES = 1 << 16
 """Clusters whose home is remembered: 4 GiB of the default size, some 10 MiB of memory."""
 PAGES_AT_ONCE = 64
@@ -94,6 +96,8 @@ class Disk:
         Forgotten (`touch`) by whoever changes where the cluster lives, in the hold of the change."""
         self.allocated_in = -1
         """Number of the last transaction that has a page whose cluster had no home when it became pending."""
+        self._overwrites = self._overwrites_in = self._overwrites_before = 0
+        """Small writes into clusters that have a home: in transaction `_overwrites_in`, and in the one before it."""
         self.page_size = geometry.page_size
         self.page_cost = log.running.page_cost
         self.page_bits = geometry.page_size.bit_length() - 1
@@ -368,9 +372,12 @@ class Disk:
         if cluster not in pending.clusters:
             if self.find_contiguous(offset, length) < 0:
                 self.allocated_in = running.number
-            elif cluster not in self.own_homes and self.prefers_in_place():
-                # It may be possible to write it in place: somebody has to look.
-                return False
+            elif cluster not in self.own_homes:
+                prefers = self.prefers_in_place()
+                self._overwrites += 1
+                if prefers:
+                    # It may be possible to write it in place: somebody has to look.
+                    return False
             if self.tokens_needed(cluster) > self.allocator.available:
                 return False
             self.take_tokens(cluster)
@@ -395,7 +402,11 @@ class Disk:
         """
         cluster = offset >> self._bits
         home = self.own_homes.get(cluster, -1)
-        if home < 0 or not self.prefers_in_place():
+        if home < 0:
+            return -1
+        prefers = self.prefers_in_place()
+        self._overwrites += 1
+        if not prefers:
             return -1
         if (offset + length - 1) >> self._bits != cluster or self.log.failed is not None:
             return -1
@@ -405,13 +416,19 @@ class Disk:
         return home + (offset & self._below)
 
     def prefers_in_place(self) -> bool:
-        """Whether overwrites go in place now: not while other writes allocate.
+        """Whether overwrites go in place now: where nothing else allocates, or where they are many a flush.
 
-        A flush of both would pay for an fdatasync, of the checkpoint's data as well, and for the ring; one that
-        writes the ring anyhow takes overwrites along. 4 KiB random writes over 16 GiB, flush every 32, of which one
-        in fifteen met an allocated cluster: in place always, half of the commits began with an fdatasync.
+        A flush of both kinds pays for an fdatasync, of the checkpoint's data as well, and for the ring; one that
+        writes the ring anyhow takes a few overwrites along. 4 KiB random writes over 16 GiB, flush every 32, of
+        which one in fifteen met an allocated cluster: in place always, half of the commits began with an fdatasync.
         """
-        return self.settings.in_place and self.log.running.number - self.allocated_in > 1
+        if not self.settings.in_place:
+            return False
+        number = self.log.running.number
+        if number != self._overwrites_in:
+            self._overwrites_before = self._overwrites if number == self._overwrites_in + 1 else 0
+            self._overwrites, self._overwrites_in = 0, number
+        return number - self.allocated_in > 1 or self._overwrites_before >= MANY_OVERWRITES
 
     def end_in_place(self, offset: int, length: int) -> bool:
         """The write returned. False: a page of the range got a newer version meanwhile, which must be written over.

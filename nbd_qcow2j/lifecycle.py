@@ -47,17 +47,23 @@ SWEEP_SECONDS = 0.05
 SWITCH_INTERVAL_SECONDS = 0.0005
 
 
-def share_cpu(cpu: int | str) -> None:
-    """Put this thread, and so every thread it starts, on one CPU: `auto` takes one, `any` leaves it be."""
+def share_cpu(cpu: int | str) -> frozenset[int]:
+    """Put this thread, and so every thread it starts, on one CPU: `auto` takes one, `any` leaves it be.
+
+    Returns the other CPUs that this process may use: for who waits for the disk without the interpreter lock.
+    """
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     if cpu == "any":
-        return
+        return frozenset()
+    allowed = os.sched_getaffinity(0)
     if not isinstance(cpu, int):
-        allowed = sorted(os.sched_getaffinity(0))
-        cpu = allowed[os.getpid() % len(allowed)]
+        cpu = sorted(allowed)[os.getpid() % len(allowed)]
     # What a container's limits forbid is no reason not to serve.
-    with contextlib.suppress(OSError):
+    try:
         os.sched_setaffinity(0, {cpu})
+    except OSError:
+        return frozenset()
+    return frozenset(allowed - {cpu})
 
 
 def _sockets() -> Iterator[socket.socket]:

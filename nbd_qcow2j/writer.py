@@ -26,6 +26,7 @@ from .errors import DeviceFailed, RequestError
 from .steps import Operation
 
 HALF_FULL = 0.5
+ROUNDS_AT_ONCE = 16
 RETRY_SECONDS = 0.2
 """How long to wait before trying again where the host file system has no room."""
 
@@ -176,26 +177,44 @@ class Writer:
             log.check()
             idle = not rung and log.running.number == seen
             seen = log.running.number
-            while not self._stopping:
-                tight = checkpoint.is_tight(disk)
-                if not (
-                    tight or self._full() >= HALF_FULL or (idle and (disk.pending.clusters or log.ring.transactions))
-                ):
-                    break
+            while not self._stopping and self._has_work(idle):
                 starved = log.starvations
-                started = time.perf_counter_ns()
-                least = 0 if idle or tight else log.ring.length // 8
-                done = await self._step(checkpoint.round_(disk, tight=tight, least_bytes=least))
-                self.observe(time.perf_counter_ns() - started)
-                if done:
-                    # The links of this round are what lets the next one move the tail.
-                    await self._step(checkpoint.settle(disk))
+                done = await trio.to_thread.run_sync(self._rounds, idle)
                 self._room.ring()
                 if not done:
+                    tight = checkpoint.is_tight(disk)
                     await trio.sleep(RETRY_SECONDS if tight or log.starvations != starved else 0.01)
                     break
                 if idle:
                     seen = log.running.number
+
+    def _has_work(self, idle: bool) -> bool:
+        disk = self.disk
+        return (
+            checkpoint.is_tight(disk)
+            or self._full() >= HALF_FULL
+            or bool(idle and (disk.pending.clusters or disk.log.ring.transactions))
+        )
+
+    def _rounds(self, idle: bool) -> bool:
+        """Some rounds, in a worker thread: to come back to trio after each costs as much as half a round.
+
+        False when one found nothing that it could do.
+        """
+        disk = self.disk
+        for _ in range(ROUNDS_AT_ONCE):
+            if self._stopping or not self._has_work(idle):
+                break
+            tight = checkpoint.is_tight(disk)
+            started = time.perf_counter_ns()
+            least = 0 if idle or tight else disk.log.ring.length // 8
+            done = self.run(checkpoint.round_(disk, tight=tight, least_bytes=least))
+            self.observe(time.perf_counter_ns() - started)
+            if not done:
+                return False
+            # The links of this round are what lets the next one move the tail.
+            self.run(checkpoint.settle(disk))
+        return True
 
     async def _room_task(self) -> None:
         disk = self.disk

@@ -32,7 +32,7 @@ from ..storage import FileStorage
 # with four connections 4 threads serve 36k, 8 serve 42k to 51k and 16 serve 44k.
 # Limit: nbdkit 1.32.4 and 1.32.5 (Debian 12) abort when a client with several requests under way vanishes: 17 of
 # 20 times at depth 16, never with `-- -t 1`, which costs concurrent cold reads. Nothing flushed is lost by it.
-THREADS = 8
+THREADS = 4
 
 # sun_path, less its closing zero.
 _SOCKET_PATH_BYTES = 107
