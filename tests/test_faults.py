@@ -40,7 +40,7 @@ from nbd_qcow2j import changes, checkpoint
 from nbd_qcow2j.disk import Disk
 from nbd_qcow2j.errors import DeviceFailed, Error, RequestError
 from nbd_qcow2j.opening import detach
-from nbd_qcow2j.steps import Operation
+from nbd_qcow2j.steps import Operation, Wait
 
 
 @dataclass(frozen=True)
@@ -348,6 +348,28 @@ def test_a_cluster_that_is_released_while_a_scan_reads_is_found_once(tmp_path: P
     stepper.run(growing)
     assert growing.error is None
     assert_at_rest(disk)
+
+
+def test_who_waits_for_a_commit_that_finds_the_device_latched_is_told(tmp_path: Path) -> None:
+    # A commit is being written when the checkpoint latches the device. The latch wakes who waits by then; who comes
+    # to wait after it is woken by the end of the commit.
+    play = Play(SHAPES[0].make(tmp_path), SHAPES[0])
+    play.perform([OPEN, write(0, 8)])
+    log = play.disk.log
+    stepper = Stepper(Random(0))
+    commit = stepper.add(play.disk.flush(), "flush")
+    while not commit.trace or not commit.trace[-1].startswith("WriteSync"):
+        stepper.move(commit)
+    log.latch(OSError(errno.EIO, "elsewhere"), "checkpoint")
+
+    def wait() -> Operation[None]:
+        yield Wait(log.commit_gate)
+
+    late, settling = stepper.add(wait(), "late"), stepper.add(checkpoint.settle(play.disk), "writer")
+    stepper.move(late)
+    stepper.run()
+    for task in (commit, settling):
+        assert isinstance(task.error, DeviceFailed)
 
 
 # ---- a disk that stays full ---------------------------------------------------------------------------
