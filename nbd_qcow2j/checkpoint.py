@@ -372,6 +372,7 @@ def settle(disk: Disk) -> Operation[None]:
     Never waits for ring room: only the checkpoint makes room, and it is the checkpoint that calls this.
     """
     log = disk.log
+    log.check()
     if log.committing is not None:
         yield Wait(log.commit_gate)
     log.check()

@@ -22,7 +22,17 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from engine import Engine, Oracle, Shape, fill, initial_contents, verify
+from engine import (
+    Engine,
+    Oracle,
+    Shape,
+    background,
+    client,
+    engine_wakes,
+    fill,
+    initial_contents,
+    verify,
+)  # fmt: skip
 from simdisk import SimDisk
 from stepper import Stepper
 
@@ -30,7 +40,7 @@ from nbd_qcow2j import changes, checkpoint
 from nbd_qcow2j.disk import Disk
 from nbd_qcow2j.errors import DeviceFailed, Error, RequestError
 from nbd_qcow2j.opening import detach
-from nbd_qcow2j.steps import Operation
+from nbd_qcow2j.steps import Operation, Wait
 
 
 @dataclass(frozen=True)
@@ -113,11 +123,14 @@ class Play:
         number = next(self.numbers)
         started = self.oracle.begin(first, length, number)
         data = fill(number) * length
+        # As the driver does: also what has nothing to do is refused by a latched device.
+        self.disk.log.check()
         self.run(changes.guarded(self.disk, changes.write(self.disk, data, first * 512), "write"))
         self.oracle.end(started)
 
     def zero(self, first: int, length: int, *, trim: bool = False) -> None:
         started = self.oracle.begin(first, length, 0)
+        self.disk.log.check()
         operation = changes.zero(self.disk, first * 512, length * 512, trim=trim, may_trim=trim)
         self.run(changes.guarded(self.disk, operation, "zero"))
         self.oracle.end(started)
@@ -304,7 +317,7 @@ def report(total: Counter[str]) -> str:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.options)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_any_call_may_fail_once(scenario: Scenario, shape: Shape, tmp_path: Path) -> None:
-    total = every_fault(shape.make(tmp_path), shape, scenario, states=3)
+    total = every_fault(shape.make(tmp_path), shape, scenario, states=2)
     print(f"{scenario.name}: {report(total)}")
     assert total["faults"] > 20
 
@@ -335,6 +348,28 @@ def test_a_cluster_that_is_released_while_a_scan_reads_is_found_once(tmp_path: P
     stepper.run(growing)
     assert growing.error is None
     assert_at_rest(disk)
+
+
+def test_who_waits_for_a_commit_that_finds_the_device_latched_is_told(tmp_path: Path) -> None:
+    # A commit is being written when the checkpoint latches the device. The latch wakes who waits by then; who comes
+    # to wait after it is woken by the end of the commit.
+    play = Play(SHAPES[0].make(tmp_path), SHAPES[0])
+    play.perform([OPEN, write(0, 8)])
+    log = play.disk.log
+    stepper = Stepper(Random(0))
+    commit = stepper.add(play.disk.flush(), "flush")
+    while not commit.trace or not commit.trace[-1].startswith("WriteSync"):
+        stepper.move(commit)
+    log.latch(OSError(errno.EIO, "elsewhere"), "checkpoint")
+
+    def wait() -> Operation[None]:
+        yield Wait(log.commit_gate)
+
+    late, settling = stepper.add(wait(), "late"), stepper.add(checkpoint.settle(play.disk), "writer")
+    stepper.move(late)
+    stepper.run()
+    for task in (commit, settling):
+        assert isinstance(task.error, DeviceFailed)
 
 
 # ---- a disk that stays full ---------------------------------------------------------------------------
@@ -384,3 +419,81 @@ def test_a_disk_that_is_full_from_any_call_on_latches_nothing(scenario: Scenario
             raise
     print(f"full disk, {scenario.name}: {report(total)}")
     assert not total["latched"]
+
+
+# ---- faults at random, several clients at work ----------------------------------------------------------
+
+RANDOM_SHAPES = [*SHAPES, Shape("cluster_size=512,refcount_bits=64", 256 << 10), Shape("cluster_size=65536", 256 << 10)]
+
+
+def play_with_faults(seed: int, image: SimDisk, shape: Shape) -> Counter[str]:
+    """Clients and the writer, interleaved at random; one to three calls fail, once or a few times in a row."""
+    rng = Random(seed)
+    play = Play(image.copy(), shape)
+    play.open()
+    stepper = Stepper(rng, whole_steps=rng.random() < 0.3)
+    numbers = count(1000)
+    clients = [
+        stepper.add(client(play.engine, play.oracle, rng, rng.randint(4, 16), numbers), f"client {number}")
+        for number in range(rng.choice((1, 2, 3)))
+    ]
+    writer = stepper.add(background(play.engine, rng), "writer", daemon=True)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        failure = rng.choice(FAILURES)
+        kind = rng.choice(("any", "any", "write", "write_sync", "sync", "read", "zero_range", "allocate"))
+        most = 60 if kind in ("any", "write") else 12
+        play.sim.fail(
+            kind, rng.randint(1, most), failure.error, times=rng.choice((1, 1, 1, 4)), landed=failure.landed
+        )
+    while not all(each.done for each in clients):
+        for gate in engine_wakes:
+            gate.open()  # type: ignore[attr-defined]
+        engine_wakes.clear()
+        if writer.done and play.disk.log.failed is None:
+            assert isinstance(writer.error, RequestError), writer.error
+            writer = stepper.add(background(play.engine, rng), "writer", daemon=True)
+        stepper.run(limit=1)
+    # The writer comes to the end of its turn.
+    while not writer.done and not writer.waits_for.startswith("background"):
+        stepper.move(writer)
+    play.sim.mend()
+    for task in stepper.tasks:
+        if task.error is not None:
+            play.errors.append(task.error)
+            # A read that failed is told as it is.
+            known = (RequestError, DeviceFailed, OSError)
+            assert isinstance(task.error, known), f"{task.name}: {task.error!r}"
+    return judge(play, states=3, seed=seed)
+
+
+def random_faults(shape: Shape, directory: Path, seeds: range) -> Counter[str]:
+    image = shape.make(directory)
+    total = Counter[str]()
+    for seed in seeds:
+        try:
+            total += play_with_faults(seed, image, shape)
+        except BaseException:
+            print(f"seed {seed}, {shape}")
+            raise
+    return total
+
+
+@pytest.mark.parametrize("shape", RANDOM_SHAPES, ids=lambda shape: f"{shape.options},{shape.size >> 10}K")
+def test_calls_fail_at_random_under_several_clients(shape: Shape, tmp_path: Path) -> None:
+    total = random_faults(shape, tmp_path, range(40))
+    print(f"random faults, {shape.options}: {report(total)}")
+    assert total["latched"] > 2 and total["refused, well"] + total["not noticed"] > 2
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("shape", RANDOM_SHAPES, ids=lambda shape: f"{shape.options},{shape.size >> 10}K")
+def test_calls_fail_at_random_under_several_clients_with_many_seeds(shape: Shape, tmp_path: Path) -> None:
+    print(f"random faults, {shape.options}: {report(random_faults(shape, tmp_path, range(1000, 2000)))}")
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("shape", [*SHAPES, Shape("cluster_size=65536", 256 << 10)], ids=lambda shape: shape.options)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_any_call_may_fail_once_with_many_cuts(scenario: Scenario, shape: Shape, tmp_path: Path) -> None:
+    total = every_fault(shape.make(tmp_path), shape, scenario, states=24)
+    print(f"{scenario.name}: {report(total)}")

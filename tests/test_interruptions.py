@@ -41,7 +41,7 @@ def test_a_signal_under_load_and_again_keeps_everything_that_was_answered(
     # Clients write, trim, zero and flush without a pause; the signal comes twice. A clean end flushes for them.
     image = make_image(size=str(SIZE))
     contents = [0] * (SIZE // SECTOR)
-    for number in range(3):
+    for number in range(2):
         server = serve(image, "--journal-size", "256K")
         oracle, lock = Oracle(contents), threading.Lock()
         clients = [Workload(server.uri, oracle, lock, 100 * number + each) for each in range(4)]
@@ -236,5 +236,62 @@ def test_clients_that_come_and_go_leave_nothing_behind(serve: Callable[..., Serv
             handle.pwrite(bytes([number % 256]) * 512, number * 512)
             handle.shutdown()
     poll(lambda: count("fd") <= before, what="all connections are closed", seconds=30)
+    server.stop()
+    assert_plain(image)
+
+
+# ---- a disk that fails once
+
+
+@pytest.mark.parametrize("call", ["fdatasync", "pwritev2"])
+def test_a_disk_that_fails_for_a_moment_latches_the_server_until_it_is_started_again(
+    serve: Callable[..., Server], image: Path, tmp_path: Path, call: str
+) -> None:
+    # From outside: while strace holds on, every such call of the server fails with EIO. Then the disk is well again,
+    # and a sync would succeed: nobody may believe it.
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    server = serve(image, "--checkpoint-interval", "600")
+    handle = server.connect()
+    handle.pwrite(b"a" * (1 << 20), 0)
+    handle.pwrite(b"b" * 4096, 2 << 20)
+    handle.flush()
+    log = tmp_path / "strace"
+    with log.open("wb") as out:
+        words = ["strace", "-f", "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:error=EIO"]
+        tracer = subprocess.Popen([*words, "-p", str(server.pid)], stderr=out)
+    try:
+        # "Process 123 attached with 14 threads"
+        poll(lambda: tracer.poll() is not None or " attached" in log.read_text(), what="strace", seconds=60)
+        if tracer.poll() is not None:
+            pytest.skip(f"strace may not trace here: {log.read_text()}")
+        with pytest.raises(nbd.Error) as caught:
+            handle.pwrite(b"c" * (1 << 20), 4 << 20)
+            handle.flush()
+        assert caught.value.errno == "EIO"
+    finally:
+        tracer.send_signal(signal.SIGINT)
+        tracer.wait(30)
+    for request, words in (("flush", ()), ("pwrite", (b"d" * 4096, 0)), ("trim", (65536, 0))):
+        with pytest.raises(nbd.Error) as caught:
+            getattr(handle, request)(*words)
+        assert caught.value.errno == "EIO"
+    assert handle.pread(1 << 20, 0) == b"a" * (1 << 20)
+    assert handle.pread(4096, 2 << 20) == b"b" * 4096
+    del handle
+    server.process.terminate()
+    assert server.wait_ended() == 1, "a supervisor sees that it did not end well"
+    assert "the device takes no more writes" in server.log
+    assert "Traceback" not in server.log
+    server.killed = True
+    assert is_attached(image)
+
+    server = serve(image)
+    handle = server.connect()
+    assert handle.pread(1 << 20, 0) == b"a" * (1 << 20)
+    assert handle.pread(4096, 2 << 20) == b"b" * 4096
+    handle.pwrite(b"e" * 4096, 0)
+    handle.flush()
+    del handle
     server.stop()
     assert_plain(image)

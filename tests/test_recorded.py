@@ -259,7 +259,7 @@ def cut_and_recover(directory: Path, shape: Shape, *, seed: int, requests: int, 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.options)
 def test_what_real_threads_did_can_be_cut_anywhere(shape: Shape, tmp_path: Path) -> None:
-    print(cut_and_recover(tmp_path, shape, seed=1, requests=150, moments=40, states=3))
+    print(cut_and_recover(tmp_path, shape, seed=1, requests=100, moments=40, states=3))
 
 
 @pytest.mark.sweep

@@ -69,7 +69,7 @@ def test_cuts_lose_nothing_with_more_tables_than_the_cache_holds(
     monkeypatch.setattr(engine, "Settings", partial(Settings, l2_cache=0))
     image = shape.make(tmp_path)
     states = 0
-    for seed in range(40):
+    for seed in range(20):
         try:
             states += play(seed, image.copy(), shape, probes=3, limit=4)
         except BaseException:

@@ -203,7 +203,11 @@ class Log:
             self.committing = None
             self.check()
             self._committed(transaction, sectors, encoded)
-        except (DeviceFailed, GeneratorExit):
+        except DeviceFailed:
+            # Latched by another while this was written: who came to wait for it since was not told by the latch.
+            self.commit_gate.open()
+            raise
+        except GeneratorExit:
             raise
         except BaseException as error:
             self.committing = None
