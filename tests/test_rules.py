@@ -204,6 +204,23 @@ def test_a_ring_that_is_full_drains(shape: Shape) -> None:
     no_leaks(stage.sim, plain=True)
 
 
+def test_a_commit_that_frees_nothing_leaves_the_reserve_alone() -> None:
+    # What is noted without credits has filled the running transaction; its pages are none of the tail's.
+    stage = Stage(PAGES)
+    stage.do(stage.write(0, 4), stage.flush())
+    disk, ring = stage.disk, stage.disk.log.ring
+    index = 1
+    while disk.log.running.size + ring.used + ring.reserve <= ring.length:
+        disk.put_page(index, bytes(4095) + b"x")
+        index += 1
+    assert ring.used + disk.log.running.size <= ring.length
+    stepper = Stepper()
+    flush = stepper.add(stage.flush(), "flush")
+    while not flush.done and not flush.waits_for:
+        stepper.move(flush)
+    assert flush.waits_for == "ring room"
+
+
 # ---- home elsewhere
 
 
