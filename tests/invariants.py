@@ -32,6 +32,8 @@ from nbd_qcow2j.image.check import check_image
 from nbd_qcow2j.opening import detach
 from nbd_qcow2j.steps import Punch, Read, ReadInto, Step, Write, ZeroRange
 
+NEVER = 1 << 60
+"""For `round_`: so many bytes are not freed, the tail stays."""
 OFFSET = 0x00FF_FFFF_FFFF_FE00
 COMPRESSED = 1 << 62
 
@@ -57,6 +59,7 @@ class Watch:
             # Everything is home: the ring, the pool and the free tail of the file are being given back.
             return
         self._space([task.step for task in unfinished if task.step is not None])
+        self._own_homes()
         self._home()
         self._tail()
         self._latch()
@@ -142,7 +145,8 @@ class Watch:
         assert pool <= allocator.held and freeing | freed <= allocator.held, "a scan would find a cluster that is taken"
         live, committed = self._named(live=True), self._named(live=False)
         free = pool | found
-        assert not (free | allocator.held) & live, f"taken or free, but named: {(free | allocator.held) & live}"
+        unused = free | allocator.held | freeing | freed
+        assert not unused & live, f"free, freed or reserved, but named: {unused & live}"
         assert not (free | freed) & committed, f"free, but named by committed metadata: {(free | freed) & committed}"
         # What a commit that failed would have freed stays taken, and named.
         reserved = allocator.held - freeing if log.failed is None else set()
@@ -150,13 +154,22 @@ class Watch:
         low, high = allocator.ring_clusters
         ring = {each for each in live | committed | free | allocator.held if low <= each < high}
         assert not ring, f"clusters of the ring in use: {ring}"
-        for cluster in free | allocator.held:
+        for cluster in unused:
             assert not allocator.refcount(cluster), f"cluster {cluster} is not in use and has a refcount"
         size = disk.geometry.cluster_size
         for cluster in pool:
             assert not any(self.engine.sim.peek(cluster * size, size)), f"pool cluster {cluster} is not zero"
         for step in steps:
             self._in_flight(step, free=free, pool=pool, live=live)
+
+    def _own_homes(self) -> None:
+        """Whoever writes in place writes where the cluster lives, and it is nobody else's."""
+        disk = self.disk
+        for cluster, offset in disk.own_homes.items():
+            if disk.mapping.in_memory(cluster):
+                entry, bitmap = disk.mapping.find(cluster)
+                assert disk.is_ours(entry, bitmap) and entry & OFFSET == offset, f"{cluster} is not at {offset:#x}"
+            assert disk.allocator.refcount(offset >> disk.geometry.cluster_bits) in (0, 1), f"{offset:#x} is shared"
 
     def _in_flight(self, step: Step, *, free: set[int], pool: set[int], live: set[int]) -> None:
         """Invariant 2 of the design: nobody is still on a cluster that may be handed out."""
@@ -236,6 +249,7 @@ class Watch:
 
     def _idle(self) -> None:
         disk, log, allocator = self.disk, self.disk.log, self.disk.allocator
+        assert not disk.incoming, f"room for {disk.incoming} pages was not returned"
         assert not log.ring.outstanding, f"{log.ring.outstanding} bytes of credits were not returned"
         assert not disk.excluded and not disk.merging and not disk.mapping.making and not disk.cache.loading
         assert not allocator.growing and log.committing is None

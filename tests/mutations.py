@@ -107,7 +107,7 @@ MUTATIONS = [
     ),
     Mutation(
         "direct data is not noted", "what was written directly is synced by its commit", "changes.py",
-        "        disk.log.note_data()\n", "",
+        "            disk.log.note_data()\n", "",
     ),
     Mutation(
         "a new table's content is not noted", "a table is durable before what links it", "image/mapping.py",
@@ -231,8 +231,8 @@ MUTATIONS = [
     ),
     Mutation(
         "the allocator finds the ring", "the allocator keeps off the ring", "image/allocator.py",
-        "if cluster and not low <= cluster < high and cluster not in self.held:",
-        "if cluster and cluster not in self.held:",
+        "if cluster not in self.held and cluster not in known and not self.overlaps.what(cluster):",
+        "if cluster not in self.held and cluster not in known:",
     ),
     Mutation(
         "a token is kept when the last page went home", "tokens are what pending pages need", "checkpoint.py",
@@ -289,17 +289,26 @@ MUTATIONS = [
     ),
     Mutation(
         "the accepted log is not written again", "what looks committed is made so before serving", "opening.py",
-        "            yield WriteSync(file, offset, [plan.log[at : at + length]])\n",
-        "            yield Sync(file)\n",
+        "        yield WriteSync(file, offset, [plan.log[at : at + length]])\n",
+        "        yield Sync(file)\n",
+    ),
+    Mutation(
+        "the accepted slot is not written again", "what looks committed is made so before serving", "opening.py",
+        "    yield WriteSync(file, disk.log.ring.slot_offset(plan.slot.generation), [plan.slot.to_block()])\n",
+        "",
     ),
     Mutation(
         "the header's stages are not synced", "each stage of attach and detach is durable before the next",
         "opening.py",
-        """            yield Write(file, offset, [content])
+        """                raise
         yield Sync(file)
-""",
-        """            yield Write(file, offset, [content])
-""",
+
+
+def _attach(""",
+        """                raise
+
+
+def _attach(""",
     ),
     Mutation(
         "replay ignores the UUID", "nothing from another history follows", "journal/replay.py",
@@ -309,8 +318,8 @@ MUTATIONS = [
     Mutation(
         "the guest's data can look like a lost transaction", "the guest cannot forge a transaction",
         "journal/replay.py",
-        "if head is None or head.uuid != slot.uuid or head.sequence <= sequence:",
-        "if head is None or head.sequence <= sequence:",
+        "if head is None or head.uuid != slot.uuid or head.sequence < sequence:",
+        "if head is None or head.sequence < sequence:",
     ),
     Mutation(
         "replay ignores the chain", "a transaction follows the one before it", "journal/replay.py",
@@ -319,8 +328,8 @@ MUTATIONS = [
     ),
     Mutation(
         "replay ignores a transaction's own CRC", "a torn transaction is not replayed", "journal/replay.py",
-        "        if len(data) != head.length or not crc_holds(head, data):\n",
-        "        if len(data) != head.length:\n",
+        "        if at + head.length > ring.length or not (yield from ring.holds(at, head)):\n",
+        "        if at + head.length > ring.length:\n",
     ),
     Mutation(
         "a guest revoke voids records of its own transaction", "a record in the revoke's transaction is replayed",

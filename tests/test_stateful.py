@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from errno import EIO, ENOSPC
 from functools import cache
@@ -23,10 +24,10 @@ from typing import Any
 import pytest
 from calls import Calls
 from engine import SECTOR, Engine, Oracle, Shape
-from hypothesis import HealthCheck, Phase, note, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from invariants import Watch, no_leaks, recover, squeeze
+from invariants import NEVER, Watch, no_leaks, recover, squeeze
 from simdisk import SimDisk
 from stepper import Deadlock, Stepper, Task
 
@@ -74,6 +75,7 @@ KINDS = [
         before=("write -P 17 0 20k", "write -c -P 34 20k 4k", "write -c -P 35 24k 4k"),
         after=("write -P 51 4k 4k", "write -z 8k 4k"),
     ),
+    Kind(Shape("cluster_size=4096", 64 << 10), before=("write -P 17 0 20k", "write -c -P 34 20k 4k")),
     Kind(Shape("cluster_size=512", 40 << 10), before=("write -P 17 0 36k",), after=("write -P 51 1k 2k",)),
 ]
 
@@ -87,6 +89,8 @@ def image(kind: Kind) -> SimDisk:
             return disk
         path = Path(directory) / "image.qcow2"
         for commands in (kind.before, None, kind.after):
+            if commands == ():
+                continue
             if commands is None:
                 words = ["qemu-img", "snapshot", "-c", "kept", str(path)]
             else:
@@ -95,15 +99,22 @@ def image(kind: Kind) -> SimDisk:
         return SimDisk.from_file(path)
 
 
+OPENING_MOVES = st.sampled_from((1000, 1000, 1000, 3, 8, 15, 25, 40, 60))
+"""Of an opening, before anything else may happen: most are let come to their end."""
+TOTALS: Counter[str] = Counter()
+"""What was done since it was last cleared: for the test to print."""
+
+
 class Connections(RuleBasedStateMachine):
     """A server, its clients, and the disk below."""
 
     @initialize(
         kind=st.sampled_from(KINDS), discard=st.booleans(), direct=st.sampled_from((512, 4096, 1 << 16)),
-        seed=st.integers(0, 999),
+        in_place=st.booleans(), seed=st.integers(0, 999),
     )  # fmt: skip
-    def start(self, kind: Kind, discard: bool, direct: int, seed: int) -> None:
-        self.kind, self.shape, self.discard, self.direct, self.seed = kind, kind.shape, discard, direct, seed
+    def start(self, kind: Kind, discard: bool, direct: int, in_place: bool, seed: int) -> None:
+        self.kind, self.shape, self.seed = kind, kind.shape, seed
+        self.discard, self.direct, self.in_place = discard, direct, in_place
         self.sectors = kind.shape.size // SECTOR
         self.sim = image(kind).copy()
         fresh = Engine(self.sim.copy(), self.shape, Random(0), read_only=True)
@@ -117,10 +128,12 @@ class Connections(RuleBasedStateMachine):
 
     def open(self, moves: int) -> None:
         self.lives += 1
+        TOTALS["lives of a server"] += 1
         self.sim.mend()
         self.engine = Engine(self.sim, self.shape, Random(self.seed * 1000 + self.lives))
         self.engine.settings = self.engine.settings.__class__(
-            journal_size=self.shape.journal, direct_write=self.direct, discard=self.discard
+            journal_size=self.shape.journal, direct_write=self.direct, discard=self.discard,
+            in_place=self.in_place,
         )
         self.stepper = Stepper(Random(self.seed))
         self.clients: list[Task] = []
@@ -164,6 +177,7 @@ class Connections(RuleBasedStateMachine):
             if task.done or task.waits_for:
                 return
             self.stepper.move(task)
+            TOTALS["moves"] += 1
             if task.done:
                 self.ended(task)
             if self.watch is not None:
@@ -195,11 +209,16 @@ class Connections(RuleBasedStateMachine):
         self.oracle.flushed = self.oracle.tick()
         for state in (self.sim.copy(), next(self.sim.crash_states(1, Random(0)))):
             no_leaks(state, plain=self.kind.plain)
-            recover(state, self.shape, self.oracle, seed=1, plain=self.kind.plain)
+            self.recover(state, 1)
+
+    def recover(self, state: SimDisk, seed: int) -> None:
+        recover(state, self.shape, self.oracle, seed=seed, plain=self.kind.plain)
+        TOTALS["disks recovered"] += 1
 
     # ---- requests
 
     def request(self, name: str, operation: Operation[Any]) -> None:
+        TOTALS["requests"] += 1
         busy = [task for task in self.clients if not task.done]
         if len(busy) >= CONNECTIONS:
             self.finish(busy[0])
@@ -220,6 +239,18 @@ class Connections(RuleBasedStateMachine):
         unit = self.disk.page_size // SECTOR if whole else 1
         first, length = self._range(first, length, unit)
         self.request("write", self.calls.write(first, length, fua=fua, fast=fast))
+
+    @precondition(lambda self: self.serving)
+    @rule(
+        places=st.lists(st.tuples(st.integers(0, 159), st.sampled_from((1, 3, 8))), min_size=2, max_size=8),
+        flush=st.booleans(),
+    )  # fmt: skip
+    def write_many(self, places: list[tuple[int, int]], flush: bool) -> None:
+        """A client that is quick: each is answered, or has its turn with the others, before the next."""
+        for first, length in places:
+            self.write(first=first, length=length, whole=length == 8, fua=False, fast=True)
+        if flush:
+            self.flush()
 
     @precondition(lambda self: self.serving)
     @rule(first=st.integers(0, 159), clusters=st.integers(1, 4), fua=st.booleans())
@@ -259,7 +290,7 @@ class Connections(RuleBasedStateMachine):
     @precondition(lambda self: self.serving and not self.rounds)
     @rule(tight=st.booleans(), clusters=st.sampled_from((1, 2, 64)), tail=st.booleans())
     def checkpoint_step(self, tight: bool, clusters: int, tail: bool) -> None:
-        self.round(checkpoint.round_(self.disk, tight=tight, clusters=clusters, move_tail=tail))
+        self.round(checkpoint.round_(self.disk, tight=tight, clusters=clusters, least_bytes=0 if tail else NEVER))
 
     def round(self, operation: Operation[Any]) -> Task:
         """One checkpoint at a time, as in the writer."""
@@ -378,16 +409,16 @@ class Connections(RuleBasedStateMachine):
             self.watch.detaching = True
             self.move(self.closing)
 
-    @precondition(lambda self: self.closing is not None and self.closing.done)
-    @rule(moves=st.integers(0, 60))
+    @precondition(lambda self: self.closing is not None and self.closing.done and self.closing.error is None)
+    @rule(moves=OPENING_MOVES)
     def open_again(self, moves: int) -> None:
         self.open(moves)
 
     @precondition(lambda self: not self.lost_outside_the_ring())
-    @rule(seed=st.integers(0, 99), moves=st.integers(0, 60))
+    @rule(seed=st.integers(0, 99), moves=OPENING_MOVES)
     def kill(self, seed: int, moves: int) -> None:
         self.sim.kill(Random(seed))
-        recover(self.sim.copy(), self.shape, self.oracle, seed=seed, plain=self.kind.plain)
+        self.recover(self.sim.copy(), seed)
         self.open(moves)
 
     def lost_outside_the_ring(self) -> bool:
@@ -398,19 +429,18 @@ class Connections(RuleBasedStateMachine):
         low, high = location.offset // SECTOR, (location.offset + location.length) // SECTOR
         return any(effect.lost and not all(low <= each < high for each in effect.sectors) for effect in self.sim.log)
 
-    @rule(seed=st.integers(0, 999), which=st.integers(0, 15), moves=st.integers(0, 60))
+    @rule(seed=st.integers(0, 999), which=st.integers(0, 15), moves=OPENING_MOVES)
     def cut(self, seed: int, which: int, moves: int) -> None:
         states = list(self.sim.crash_states(16, Random(seed)))
-        note(f"{len(states)} states")
         self.sim = states[which % len(states)]
-        recover(self.sim.copy(), self.shape, self.oracle, seed=seed, plain=self.kind.plain)
+        self.recover(self.sim.copy(), seed)
         self.open(moves)
 
     @rule(seed=st.integers(0, 999))
     def look(self, seed: int) -> None:
         """What cuts at this moment would leave: nothing of what is open, all of it, and something between."""
         for state in self.sim.crash_states(5, Random(seed)):
-            recover(state, self.shape, self.oracle, seed=seed, plain=self.kind.plain)
+            self.recover(state, seed)
 
     # ---- a bad disk
 
@@ -447,7 +477,10 @@ def drive(examples: int, steps: int, *, derandomize: bool) -> None:
         phases=phases, report_multiple_bugs=False, print_blob=not derandomize,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
+    TOTALS.clear()
     run_state_machine_as_test(Connections, settings=chosen)
+    print(f"{examples} runs: {', '.join(f'{count} {what}' for what, count in TOTALS.items())}")
+    assert TOTALS["disks recovered"] > examples
 
 
 def test_whatever_happens_in_whatever_order_nothing_flushed_is_lost_and_nothing_leaks() -> None:
