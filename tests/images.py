@@ -13,7 +13,7 @@ from pathlib import Path
 from engine import SECTOR, Shape, fill
 from simdisk import SimDisk, SimStorage
 
-KINDS = ("plain", "overlay", "named", "compressed", "snapshot", "foreign-l2", "subclusters", "padded")
+BACKING_NAME = "far/" * 150 + "base"
 
 
 def make(kind: str, shape: Shape, directory: Path) -> SimDisk:
@@ -21,14 +21,15 @@ def make(kind: str, shape: Shape, directory: Path) -> SimDisk:
     path = directory / "image.qcow2"
     raw = directory / "pattern.raw"
     raw.write_bytes(b"".join(fill(-sector - 1) for sector in range(shape.size // SECTOR)))
-    backing = ["-u", "-b", str(raw) if kind == "overlay" else "base", "-F", "raw"]
+    # A name that goes on in the header's second sector, where there is one.
+    backing = ["-u", "-b", "base" if "cluster_size=512" in shape.options else BACKING_NAME, "-F", "raw"]
     if kind in ("compressed", "snapshot", "foreign-l2"):
         words = ["-c"] if kind == "compressed" else []
         _run("qemu-img", "convert", *words, "-f", "raw", "-O", "qcow2", "-o", shape.options, raw, path)
         if kind == "snapshot":
             _run("qemu-img", "snapshot", "-c", "one", path)
-    elif kind in ("overlay", "named"):
-        # "named": the header's backing name only; what lies beneath reads as the pattern of the harness.
+    elif kind == "overlay":
+        # The header has the name only; what lies beneath reads as the pattern of the harness.
         _run("qemu-img", "create", "-f", "qcow2", "-o", shape.options, *backing, path, shape.size)
     else:
         _run("qemu-img", "create", "-f", "qcow2", "-o", shape.options, path, shape.size)

@@ -350,7 +350,7 @@ def backed(shape: Shape) -> Shape:
 
 SCENARIOS = [
     *over(attach, "plain", SMALL, PAGE),
-    *over(attach, "named", backed(SMALL), backed(PAGE)),
+    *over(attach, "overlay", backed(SMALL), backed(PAGE)),
     *over(first_commit, "plain", NARROW, PAGE),
     *over(commit_that_wraps, "plain", SMALL, PAGE),
     *over(full_ring, "plain", SMALL, PAGE),
@@ -375,7 +375,7 @@ SCENARIOS = [
     *over(discard_then_reuse, "plain", SMALL, PAGE, discard=False),
     *over(discard_then_reuse, "compressed", PAGE),
     *over(detach, "plain", NARROW, PAGE),
-    *over(detach, "named", backed(SMALL), backed(PAGE)),
+    *over(detach, "overlay", backed(SMALL), backed(PAGE)),
     *over(recover, "plain", SMALL, PAGE),
     *over(recover, "snapshot", PAGE),
     *over(the_free_tail_at_detach, "plain", SMALL, PAGE),

@@ -97,9 +97,10 @@ class Life:
     # -- what clients do; sizes and places in sectors
 
     def write(self, first: int, count: int = 1, *, pending: bool = False) -> int:
-        """Write sectors, each with the number of this write; returns the number. `pending`: never directly."""
+        """Write sectors, each with the number of this write; returns it. From 8 sectors on, whole clusters directly."""
         self.number += 1
-        self.disk.settings = replace(self.settings, direct_write=1 << 30) if pending else self.settings
+        direct = count >= 8 and not pending
+        self.disk.settings = replace(self.settings, direct_write=SECTOR if direct else 1 << 30)
         started = self.oracle.begin(first, count, self.number)
         data = fill(self.number) * count
         if not self.disk.try_write(data, first * SECTOR):
@@ -156,8 +157,17 @@ class Life:
         self.open()
 
     def be_tight(self) -> None:
-        """Let the pool hold no more than what is needed, so that a freed cluster is the next one used."""
+        """Let the pool hold no more than what is needed, so that a freed cluster is soon used again."""
         self.disk.allocator.grow_step = 1
+
+    def exhaust(self) -> None:
+        """Somebody takes every free cluster that is known: what is freed next is the next one used."""
+        allocator = self.disk.allocator
+        self.be_tight()
+        while allocator.available > 0:
+            allocator.reserve(token=False)
+        allocator.scan_at = allocator.scan_end
+        allocator.found.clear()
 
 
 def numbers(contents: bytes) -> list[int]:
