@@ -81,6 +81,7 @@ def open_disk(
     if not read_only:
         yield Sync(file)
     header, data = yield from read_header(file, name=name)
+    first_sector = data[:SECTOR]
     check_usable(header, write=not read_only, name=name)
     plan = yield from read_journal(file, header, name=name)
     if plan is not None and 0 in plan.sectors:
@@ -105,11 +106,16 @@ def open_disk(
     )
     if plan is not None and not read_only:
         # What a killed server left in the page cache looks committed and may never have reached the disk, and a
-        # sync that failed before the kill will not fail again: the accepted log is written again, byte for byte.
+        # sync that failed before the kill will not fail again: what was accepted is written again, byte for byte.
+        # Crash: with an older slot or without the bit on the disk, the next transactions would overwrite what that
+        # slot needs, or nobody would look at them.
         at = 0
         for offset, length in disk.log.ring.place(0, len(plan.log)) if len(plan.log) else ():
             yield WriteSync(file, offset, [plan.log[at : at + length]])
             at += length
+        slot_offset = disk.log.ring.slot_offset(plan.slot.generation)
+        yield WriteSync(file, slot_offset, [plan.slot.to_block()])
+        yield WriteSync(file, 0, [first_sector])
         yield Sync(file)
     return disk
 

@@ -388,6 +388,56 @@ def test_a_failed_sync_of_the_checkpoint_fails_the_flushes_of_clients(tmp_path: 
     case.cut(life)
 
 
+@pytest.mark.parametrize("nth", range(1, 6))
+def test_a_failed_sync_of_the_start_is_not_forgotten_by_the_next_start(tmp_path: Path, nth: int) -> None:
+    # The nth sync of an attach fails, and the server ends. The next one finds everything in the page cache, where it
+    # is clean: what says "attached" may never have reached the disk, and no sync will bring it there.
+    # Breakage: opening.py
+    # -         yield WriteSync(file, 0, [first_sector])
+    # +         pass
+    case = Case("plain", PAGE, tmp_path)
+    life = Life(case.image.copy(), case.shape, Oracle(list(case.initial)))
+    life.sim.fail("sync", nth)
+    try:
+        life.open()
+        failed = False
+    except OSError:
+        failed = True
+    assert failed
+    life.reborn()
+    life.write(8, 3)
+    life.flush()
+    case.cut(life)
+
+
+def test_a_failed_write_of_the_tail_is_not_forgotten_by_the_next_start(tmp_path: Path) -> None:
+    # The write that moves the tail past a full ring fails, and the server ends. The next one finds the new slot in the
+    # page cache; were that enough, it would write new transactions where the slot on the disk has its tail.
+    # Breakage: opening.py
+    # -         yield WriteSync(file, slot_offset, [plan.slot.to_block()])
+    # +         pass
+    case = Case("plain", replace(PAGE, journal=1 << 20), tmp_path)
+    life = case.start()
+    ring = life.disk.log.ring
+    at = 0
+    while ring.has_room(running=life.disk.log.running.size, cost=4 * ring.home_cost):
+        life.write(at % 128, 3)
+        life.commit()
+        at += 8
+    assert ring.passable() > len(ring.transactions) // 2
+    life.sim.fail("write_sync")
+    with pytest.raises(DeviceFailed):
+        life.checkpoint()
+    life.reborn()
+    ring = life.disk.log.ring
+    assert ring.used < ring.length // 2
+    while ring.used + ring.reserve + 4 * ring.home_cost < ring.length:
+        life.write(at % 128, 3)
+        life.flush()
+        at += 8
+    case.cut(life)
+
+
 def test_a_freed_cluster_is_not_punched_before_its_freeing_is_committed(tmp_path: Path) -> None:
     # Compressed clusters are overwritten: what the journal and the disk still name is freed.
     # Breakage: image/allocator.py
