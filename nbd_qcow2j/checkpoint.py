@@ -55,7 +55,6 @@ def round_(
     log, ring = disk.log, disk.log.ring
     log.check()
     passable = ring.passable() if move_tail else 0
-    home = dict(log.home) if passable else {}
     chosen = _tail_clusters(disk) if tight and not passable else _oldest(disk, clusters) if not tight else []
     cost = 0
     if chosen and not tight:
@@ -73,6 +72,9 @@ def round_(
             yield from log.commit()
             return True
         return False
+    # Order: copied in the hold that enters the epoch. A commit above may have freed a table: its cluster may be given
+    # back and reused, and an older copy would write the table's sectors over what is there now.
+    home = dict(log.home) if passable else {}
     held = Prepared(disk, cost)
     try:
         going: list[_Going] = []

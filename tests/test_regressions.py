@@ -18,7 +18,7 @@ from stepper import Stepper, Task, every_order
 from test_windows import PAGE, SMALL, TABLE, use_all_below
 from windows import QUICK, Explorer, Life, numbers, run
 
-from nbd_qcow2j import changes
+from nbd_qcow2j import changes, checkpoint
 from nbd_qcow2j.errors import DeviceFailed, ImageError
 from nbd_qcow2j.format.header import parse_header
 from nbd_qcow2j.format.tables import OFFSET_MASK
@@ -209,6 +209,44 @@ def test_old_metadata_is_not_written_over_a_reused_cluster_live_or_at_replay(tmp
     case.cut(life)
     life.checkpoint()
     life.oracle.check(numbers(life.contents()), life.oracle.now)
+    case.cut(life)
+
+
+def test_a_checkpoint_that_commits_first_does_not_write_home_what_that_commit_freed(tmp_path: Path) -> None:
+    # A round has no credits, so it commits; that commit frees the old refcount table, whose cluster is given back and
+    # reused before the round writes home what it has to.
+    # Breakage: checkpoint.py
+    # -     passable = ring.passable() if move_tail else 0
+    # +     passable = ring.passable() if move_tail else 0
+    # +     home = dict(log.home)
+    # -     home = dict(log.home) if passable else {}
+    # -     held = Prepared(disk, cost)
+    # +     held = Prepared(disk, cost)
+    shape = replace(TABLE, size=128 << 10, journal=1 << 20)
+    case = Case("padded", shape, tmp_path)
+    life = case.start()
+    life.write(120, 8)
+    at = use_all_below(life)
+    disk, log = life.disk, life.disk.log
+    life.write(0, 16, pending=True)
+    life.flush()
+    old = disk.allocator.reftable.host_offset
+    assert old in log.home and log.ring.passable()
+    while disk.allocator.reftable.host_offset == old:
+        run(disk.allocator.ensure(disk.allocator.available + 1))
+    assert log.running.host_revokes
+    stepper = Stepper(whole_steps=True)
+    task = stepper.add(checkpoint.round_(disk), "checkpoint")
+    number = log.running.number
+    while log.committed < number:
+        stepper.move(task)
+    life.exhaust()
+    life.release()
+    life.write(at, 8)
+    assert old in [host_of(life, sector) for sector in range(at, at + 8)]
+    finish(stepper, task)
+    life.oracle.check(numbers(life.contents()), life.oracle.now)
+    life.flush()
     case.cut(life)
 
 
