@@ -195,8 +195,12 @@ class Effort:
     sampled: int
 
 
-QUICK = Effort(subsets=24, restart=8, deeper=4, second=100, third=30, sampled=10)
-THOROUGH = Effort(subsets=320, restart=64, deeper=16, second=2500, third=1500, sampled=300)
+    judged: int
+    """States that qemu-img is shown."""
+
+
+QUICK = Effort(subsets=24, restart=8, deeper=4, second=100, third=30, sampled=10, judged=2)
+THOROUGH = Effort(subsets=320, restart=64, deeper=8, second=1000, third=500, sampled=100, judged=20)
 
 
 @dataclass
@@ -296,6 +300,13 @@ class Explorer:
             found.add(self.recover(killed, watch=watch, whole=False))
         return self.restarted[key]
 
+    def closed(self, count: int) -> Iterator[SimDisk]:
+        """Some of the states, recovered and closed: plain images for another program to judge."""
+        for state in self.rng.sample(self.levels[0], min(count, len(self.levels[0]))):
+            sim = state.copy()
+            self.recover(sim)
+            yield sim
+
     def deepen(self) -> None:
         """Cut the recoveries of the states that were found, and the recoveries of what that leaves."""
         self.counts.first = len(self.levels[0])
@@ -336,19 +347,19 @@ class Explorer:
 
 def explore(
     script: Callable[[Life], None], image: SimDisk, shape: Shape, effort: Effort, *, seed: int = 0,
-    when: Callable[[SimDisk], bool] = lambda _: True, discard: bool = True,
-) -> Counts:  # fmt: skip
-    """Run a scenario on a copy of `image` and cut it everywhere (or only `when`); returns what was counted."""
+    discard: bool = True,
+) -> Explorer:  # fmt: skip
+    """Run a scenario on a copy of `image` and cut it everywhere; returns who did that, with what was counted."""
     explorer = Explorer(image, shape, effort, seed)
     reader = Life(image.copy(), shape, Oracle([]))
     reader.open(read_only=True)
     sim = image.copy()
     life = Life(sim, shape, Oracle(numbers(reader.contents())), discard=discard)
-    life.watcher = lambda _: explorer.moment(sim, life.oracle) if when(sim) else None
+    life.watcher = lambda _: explorer.moment(sim, life.oracle)
     try:
         script(life)
         explorer.deepen()
     except BaseException:
         print(f"seed {seed}, {shape}, moment {explorer.counts.moments}: {explorer.counts}")
         raise
-    return explorer.counts
+    return explorer
