@@ -397,7 +397,7 @@ def cut(scenario: Scenario, effort: Effort, directory: Path, proved: Callable[[s
     image = images.make(scenario.kind, scenario.shape, directory)
     explorer = explore(scenario.script, image, scenario.shape, effort, discard=scenario.discard)
     counts = explorer.counts
-    print(f"{name(scenario)}: {counts}")
+    print(f"{name(scenario)}: {counts}, seed {explorer.seed}")
     proved("states cut", counts.states)
     assert counts.moments > 4 and counts.first > 4 and counts.second
     if explorer.copied_flags:
