@@ -476,6 +476,28 @@ def test_a_failed_write_of_the_tail_is_not_forgotten_by_the_next_start(tmp_path:
     case.cut(life)
 
 
+def test_a_failed_write_of_a_commit_is_not_forgotten_by_the_next_start(tmp_path: Path) -> None:
+    # The write of a transaction fails, and the server ends. The next one finds the transaction whole in the page cache
+    # and goes on behind it: without it on the disk, what is flushed then could not be reached.
+    # Breakage: opening.py
+    # -             yield WriteSync(file, offset, [plan.log[at : at + length]])
+    # +             pass
+    case = Case("plain", PAGE, tmp_path)
+    life = case.start()
+    life.write(8, 3)
+    life.flush()
+    life.write(8, 3)
+    life.sim.fail("write_sync")
+    with pytest.raises(DeviceFailed):
+        life.flush()
+    case.cut(life)
+    life.reborn()
+    assert len(life.disk.log.ring.transactions) == 2
+    life.write(24, 3)
+    life.flush()
+    case.cut(life)
+
+
 def test_a_freed_cluster_is_not_punched_before_its_freeing_is_committed(tmp_path: Path) -> None:
     # Compressed clusters are overwritten: what the journal and the disk still name is freed.
     # Breakage: image/allocator.py
