@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,26 @@ PROGRAM = Path(sys.executable).with_name("nbd-qcow2j")
 PLUGIN = TOP / "plugin.py"
 START_SECONDS = 30.0
 STOP_SECONDS = 30.0
+
+
+_proved: Counter[str] = Counter()
+
+
+@pytest.fixture
+def proved() -> Callable[[str, int], None]:
+    """proved(WHAT, COUNT): add to the sums that the run prints at its end."""
+
+    def add(what: str, count: int) -> None:
+        _proved[what] += count
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the run has counted, in one line."""
+    if _proved:
+        sums = ", ".join(f"{count} {what}" for what, count in sorted(_proved.items()))
+        terminalreporter.write_line(f"proved: {sums}")
 
 
 def run(*words: object, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:

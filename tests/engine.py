@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from refcounts import reference_counts
 from simdisk import SimDisk, SimStorage
 from stepper import Stepper
 
@@ -235,59 +236,6 @@ def _turn() -> Wait:
 
 
 engine_wakes: list[object] = []
-
-
-def reference_counts(disk: SimDisk) -> None:
-    """Refcounts equal references, no more and no less, in a plain image without snapshots or compression."""
-    storage = SimStorage(disk.copy(), "checked", read_only=True)
-
-    def read(offset: int, length: int) -> bytes:
-        data = bytearray(length)
-        storage.read_into(data, offset)
-        return bytes(data)
-
-    header = read(0, 512)
-    bits = struct.unpack_from(">I", header, 20)[0]
-    l1_entries, l1_offset, table_offset, table_clusters = struct.unpack_from(">IQQI", header, 36)
-    incompatible, order = struct.unpack_from(">Q", header, 72)[0], struct.unpack_from(">I", header, 96)[0]
-    assert not incompatible >> 62 & 1, "still attached"
-    size, step = 1 << bits, 2 if incompatible & 16 else 1
-    references: dict[int, int] = {0: 1}
-
-    def refer(offset: int, count: int = 1) -> None:
-        for cluster in range(offset >> bits, (offset >> bits) + count):
-            references[cluster] = references.get(cluster, 0) + 1
-
-    refer(l1_offset, -(-l1_entries * 8 // size))
-    refer(table_offset, table_clusters)
-    for entry in struct.unpack(f">{l1_entries}Q", read(l1_offset, l1_entries * 8)):
-        table = entry & 0x00FF_FFFF_FFFF_FE00
-        if table:
-            refer(table)
-            for mapped in struct.unpack(f">{size // 8}Q", read(table, size))[::step]:
-                if mapped & 0x00FF_FFFF_FFFF_FE00:
-                    refer(mapped & 0x00FF_FFFF_FFFF_FE00)
-                    assert mapped >> 63, f"entry {mapped:#x} is not marked as copied"
-    blocks = struct.unpack(f">{table_clusters * size // 8}Q", read(table_offset, table_clusters * size))
-    for block in blocks:
-        if block:
-            refer(block)
-    per_block = size * 8 >> order
-    counts: dict[int, int] = {}
-    for index, block in enumerate(blocks):
-        data = read(block, size) if block else b""
-        for number in range(per_block if block else 0):
-            if order >= 3:
-                width = 1 << order >> 3
-                value = int.from_bytes(data[number * width : (number + 1) * width], "big")
-            else:
-                bit = number << order
-                value = data[bit >> 3] >> (bit & 7) & ((1 << (1 << order)) - 1)
-            if value:
-                counts[index * per_block + number] = value
-    leaks = {each: (counts.get(each, 0), references.get(each, 0)) for each in counts.keys() | references.keys()}
-    wrong = {cluster: pair for cluster, pair in leaks.items() if pair[0] != pair[1]}
-    assert not wrong, f"refcounts against references: {dict(sorted(wrong.items())[:8])}"
 
 
 def verify(state: SimDisk, shape: Shape, oracle: Oracle, rng: Random) -> list[int]:

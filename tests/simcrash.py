@@ -49,6 +49,8 @@ def _distinct(crash: _Crash, limit: int, rng: Random) -> Iterator[SimDisk]:
         whole = crash.every_write() if depth == "writes" else crash.telling_writes(rng, limit)
         plans = (plan for plans in (whole, crash.torn_writes(rng)) for plan in plans)
     stale = count = 0
+    if _grows(crash):
+        plans = crash.with_stale_growth(plans)
     for choice, size in plans:
         state = crash.build(choice, size)
         if state is None:
@@ -61,6 +63,11 @@ def _distinct(crash: _Crash, limit: int, rng: Random) -> Iterator[SimDisk]:
         count += 1
         if count >= limit:
             return
+
+
+def _grows(crash: _Crash) -> bool:
+    """Whether a state may have a length that was not durable, on a disk that shows garbage there."""
+    return crash.disk.stale_growth and any(effect.grows_to > crash.durable_size for effect in crash.effects)
 
 
 class _Crash:
@@ -92,7 +99,21 @@ class _Crash:
                 self.ends[sector] = max(self.ends.get(sector, 0), min((sector + 1) * SECTOR, effect.grows_to))
         self.seen: set[int] = set()
 
+    def with_stale_growth(self, plans: Iterable[Plan]) -> Iterator[Plan]:
+        """Each plan, and where it is longer than what was durable, again with garbage in what it did not write."""
+        first = -(-self.durable_size // SECTOR)
+        for choice, size in plans:
+            yield choice, size
+            spoilt = {
+                sector: (GARBAGE, sector_hash(sector, GARBAGE))
+                for sector in range(first, -(-size // SECTOR))
+                if sector not in choice or not choice[sector][1]
+            }
+            if spoilt:
+                yield {**choice, **spoilt}, size
+
     def depth(self, limit: int) -> str:
+        limit //= 2 if _grows(self) else 1
         choices = self._choices()
         if prod(map(len, choices.values())) * len(self._sizes()) <= limit:
             return "sectors"
@@ -154,7 +175,7 @@ class _Crash:
         digest = self.digest
         # Data that was kept beyond the end is not lost with the length: the file system has that order.
         for sector, version in choice.items():
-            digest += version[1] - self.base[sector][1]
+            digest += version[1] - (self.base.get(sector) or self._base(sector))[1]
             if version[1] and (sector + 1) * SECTOR > size:
                 size = max(size, self.ends.get(sector, 0))
         cut: list[tuple[int, bytes]] = []

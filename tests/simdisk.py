@@ -8,7 +8,9 @@ sectors of 512 bytes:
     that is not durable leaves the old content or zeros; for the length of the file likewise.
   * `write_sync` makes its own sectors durable, and the length that is needed to read them; what had been
     written to *these* sectors before is superseded. `sync` makes durable all that returned before it.
-  * Space that was never written reads as zeros; a reused cluster reads what it held.
+  * Space that was never written reads as zeros; a reused cluster reads what it held. With `stale_growth`,
+    space beyond the old end is zeros only once that length is durable: a length that was kept without having
+    been synced may show garbage where nothing of the file's own was kept.
   * A write or sync *in flight* (begun, not finished: `begin_write`, `begin_sync`) is open like one that
     was never synced, and is not covered by a sync that began before it ended.
   * A write-back that fails marks its pages clean: what they held is read back, may or may not be on the
@@ -67,7 +69,9 @@ class Fault:
 class SimDisk(CachedFile):
     """One file on a simulated disk."""
 
-    def __init__(self, size: int = 0, *, physical_sector: int = SECTOR, tear_neighbours: bool = False) -> None:
+    def __init__(
+        self, size: int = 0, *, physical_sector: int = SECTOR, tear_neighbours: bool = False, stale_growth: bool = False
+    ) -> None:
         """A durable file of `size` bytes, all zero.
 
         With `physical_sector=4096`, a 4 KiB block that was being written may also come back with garbage in
@@ -76,11 +80,14 @@ class SimDisk(CachedFile):
         super().__init__(size)
         self.physical_sector = physical_sector
         self.tear_neighbours = tear_neighbours
+        self.stale_growth = stale_growth
         self.operations = 0
         """How many operations were performed (begun), reads and hints not counted; `history` names them."""
         self.history: list[Performed] = []
         self.hook: Callable[[str, int, int], None] | None = None
         """Called before every call of a storage, reads and hints included, without a lock: (kind, offset, length)."""
+        self.watch: Callable[[bool], None] | None = None
+        """Called at every moment at which a cut may be asked for: True while an operation is in flight."""
         self.process = 0
         self.lock = threading.RLock()
         self._off = False
@@ -133,7 +140,10 @@ class SimDisk(CachedFile):
 
     def like(self, size: int, durable: dict[int, bytes], digest: int | None) -> SimDisk:
         """A quiet disk of the same kind with other content; takes over the dict."""
-        other = SimDisk(size, physical_sector=self.physical_sector, tear_neighbours=self.tear_neighbours)
+        other = SimDisk(
+            size, physical_sector=self.physical_sector, tear_neighbours=self.tear_neighbours,
+            stale_growth=self.stale_growth,
+        )  # fmt: skip
         other.durable, other._digest = durable, digest
         return other
 
@@ -224,6 +234,8 @@ class SimDisk(CachedFile):
 
     def passed(self, number: int, *, during: bool) -> None:
         """Raise PowerCut if this is the moment that was asked for."""
+        if self.watch:
+            self.watch(during)
         if self._cut == (number, during):
             self._off = True
             raise PowerCut(f"{'during' if during else 'after'} operation {number}")

@@ -157,6 +157,33 @@ def test_growth_is_open_until_synced_and_comes_with_the_data_that_needs_it() -> 
     assert states(disk) == ["a.X.Y"]
 
 
+def test_space_beyond_the_old_end_may_be_stale_until_the_length_is_durable() -> None:
+    disk = disk_of("a")
+    disk.stale_growth = True
+    storage = SimStorage(disk)
+    storage.allocate(SECTOR, 2 * SECTOR)
+    storage.write(2 * SECTOR, [sector("X")])
+    assert letters(disk) == "a.X"
+    # The written sector may be there or not; what was not written is zeros or garbage as long as the length is open.
+    assert sorted(states(disk)) == ["a", "a##", "a#X", "a..", "a.X"]
+    storage.sync()
+    assert states(disk) == ["a.X"]
+    # A synchronous write makes the length durable that is needed to read it, and zeros below it.
+    storage.allocate(3 * SECTOR, 3 * SECTOR)
+    storage.write_sync(4 * SECTOR, [sector("Y")])
+    assert sorted(states(disk)) == ["a.X.Y", "a.X.Y#", "a.X.Y."]
+
+
+def test_a_watcher_sees_every_moment_at_which_the_power_may_be_cut() -> None:
+    disk = disk_of("ab")
+    storage = SimStorage(disk)
+    seen: list[tuple[bool, list[str]]] = []
+    disk.watch = lambda during: seen.append((during, sorted(states(disk))))
+    storage.write_sync(0, [sector("X")])
+    storage.write(SECTOR, [sector("Y")])
+    assert seen == [(True, ["Xb", "ab"]), (False, ["Xb"]), (True, ["XY", "Xb"]), (False, ["XY", "Xb"])]
+
+
 def test_a_truncation_that_is_not_durable_may_not_have_happened_and_zeros_what_it_cut() -> None:
     disk = disk_of("abc")
     storage = SimStorage(disk)
