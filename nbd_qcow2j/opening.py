@@ -113,7 +113,13 @@ def open_disk(
         for offset, length in disk.log.ring.place(0, len(plan.log)) if len(plan.log) else ():
             yield WriteSync(file, offset, [plan.log[at : at + length]])
             at += length
-        slot_offset = disk.log.ring.slot_offset(plan.slot.generation)
+        # Order: before anything else changes. Behind the log a commit may lie that the last cut tore; the next one has
+        # its place and number, and torn as well could give it the sectors it lacks: an old transaction would come
+        # true whose clusters have been used for other things since.
+        ring = disk.log.ring
+        if ring.used + ALIGNMENT <= ring.length:
+            yield WriteSync(file, ring.place(ring.head, ALIGNMENT)[0][0], [bytes(ALIGNMENT)])
+        slot_offset = ring.slot_offset(plan.slot.generation)
         yield WriteSync(file, slot_offset, [plan.slot.to_block()])
         yield WriteSync(file, 0, [first_sector])
         yield Sync(file)
