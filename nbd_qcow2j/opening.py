@@ -147,7 +147,7 @@ def open_disk(
 
 
 def _write_again(disk: Disk, plan: ReplayPlan, header: Header, found: bytes) -> Operation[None]:
-    """Write what was believed, byte for byte: the log, the slot, the header as it was `found`.
+    """Write what was believed, byte for byte: the log, the slot, the header as it was `found`; wipe what was not.
 
     Crash: none of it changes anything, torn or not. Without it: what a killed server left in the page cache looks
     committed and may never have reached the disk, and a sync that failed before the kill will not fail again.
@@ -156,6 +156,12 @@ def _write_again(disk: Disk, plan: ReplayPlan, header: Header, found: bytes) -> 
     for offset, length in disk.log.ring.place(0, len(plan.log)) if len(plan.log) else ():
         yield WriteSync(file, offset, [plan.log[at : at + length]])
         at += length
+    # Order: before anything else changes. Behind the log a commit may lie that the last cut tore; the next one has
+    # its place and number, and torn as well could give it the sectors it lacks: an old transaction would come true
+    # whose clusters have been used for other things since.
+    ring = disk.log.ring
+    if ring.used + ALIGNMENT <= ring.length:
+        yield WriteSync(file, ring.place(ring.head, ALIGNMENT)[0][0], [bytes(ALIGNMENT)])
     # The tail that the slot names is believed from here on, and what lies before it is written over.
     yield WriteSync(file, disk.log.ring.slot_offset(plan.slot.generation), [plan.slot.to_block()])
     # Order: sector 0 last, as when the journal was attached: it points at what lies behind it.

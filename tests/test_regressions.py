@@ -391,6 +391,38 @@ def test_half_of_an_old_torn_transaction_never_completes_a_new_one(tmp_path: Pat
     assert seen > len(sectors)
 
 
+def test_a_torn_new_transaction_never_completes_an_old_torn_one(tmp_path: Path) -> None:
+    # A commit is torn: of two pages the second is missing. After recovery the next commit, at its place, has another
+    # first page and the same second one, and is torn as well: only the second page reaches the disk.
+    # Breakage: opening.py
+    # -             yield WriteSync(file, ring.place(ring.head, ALIGNMENT)[0][0], [bytes(ALIGNMENT)])
+    # +             pass
+    case = Case("plain", PAGE, tmp_path)
+    life = case.start()
+    life.write(40, 8, pending=True)
+    life.flush()
+    sim, *_ = life.sim.crash_states(2, Random(0))
+    contents = numbers(life.contents())
+    same = fill(91)
+    for first, second_arrives in ((90, False), (92, True)):
+        again = Life(sim, case.shape, Oracle(list(contents)))
+        again.open()
+        assert numbers(again.contents()) == contents
+        again.number = first - 1
+        again.write(8, 8, pending=True)
+        again.number = 90
+        again.write(16, 8, pending=True)
+        sim.cut_during(sim.operations + 1)
+        with pytest.raises(PowerCut):
+            again.flush()
+        written = sim.log[-1].sectors
+        # All other open effects are lengths; none of them is kept.
+        torn = {sector: data for sector, data in written.items() if (data == same) == second_arrives}
+        assert torn and len(torn) < len(written)
+        sim = sim.like(sim.durable_size, {**sim.durable, **torn}, None)
+    assert numbers(case.explorer.recover(sim)) == contents
+
+
 def test_a_failed_sync_is_not_forgotten_by_the_next_flush(tmp_path: Path) -> None:
     # The kernel tells of a lost write once; the second sync would succeed and mean nothing.
     # Breakage: journal/log.py

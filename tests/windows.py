@@ -342,7 +342,12 @@ class Explorer:
             if chosen is None or moments == chosen:
                 for state in sim.crash_states(self.effort.deeper, self.rng):
                     found = self.recovered(state, level)
-                    assert found == expected, f"cut at moment {moments} of a recovery: it holds something else"
+                    if found != expected:
+                        pairs = enumerate(zip(numbers(expected), numbers(found), strict=True))
+                        differ = {sector: pair for sector, pair in pairs if pair[0] != pair[1]}
+                        raise AssertionError(
+                            f"cut at moment {moments} of a recovery, in {sim.history[-1]}: (expected, found) {differ}"
+                        )
 
         self.recover(sim, watch=watch)
 
