@@ -108,6 +108,7 @@ class Disk:
         self._l2_mask = geometry.l2_entries - 1
         self._l1 = mapping.l1.entries
         self._tables = cache.tables
+        self._ring_low, self._ring_high = mapping.ring_low, mapping.ring_high
         self._host_mask = OFFSET_MASK & ~self._below
         # An extended entry says too little by itself.
         self._not_plain = ALL_BITS if geometry.extended_l2 else ALL_BITS & ~(OFLAG_COPIED | self._host_mask)
@@ -194,9 +195,11 @@ class Disk:
         if table is None or l1_entry & L1_RESERVED:
             return -1
         entry = table.entries[cluster & self._l2_mask]
-        if not entry or entry & self._not_plain:
+        host = entry & self._host_mask
+        # An entry into the ring is refused, in words, on the long way.
+        if not host or entry & self._not_plain or self._ring_low <= host < self._ring_high:
             return -1
-        return (entry & self._host_mask) + (offset & self._below)
+        return host + (offset & self._below)
 
     def find_own(self, cluster: int) -> tuple[Table | None, int]:
         """The L2 table, if it is ours alone and in memory, and a plain entry of ours or 0; (None, 0) otherwise."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PLUGIN, Server, answers, is_attached, poll, run
+from conftest import PLUGIN, START_SECONDS, Server, answers, is_attached, poll, run
 
 CLUSTER = 1 << 16
 
@@ -136,7 +136,7 @@ spec.loader.exec_module(plugin)
 
 class Failing:
     size, read_only, description = 1 << 20, False, "failing"
-    start = close = lambda self: None
+    start = close = lambda self, *cpus: None
     def block_sizes(self):
         return 1, 4096, 1 << 25
     def write_zeroes(self, offset, length, **how):
@@ -170,7 +170,7 @@ def test_each_error_has_its_errno_and_the_reason_stays_in_the_log(tmp_path: Path
     words = ["nbdkit", "-f", "-U", str(path), "python", str(script), "file=/dev/null"]
     with log.open("wb") as out, subprocess.Popen(words, stdout=out, stderr=out) as process:
         try:
-            poll(lambda: answers(path), what="the server answers")
+            poll(lambda: answers(path), what="the server answers", seconds=START_SECONDS)
             handle = nbd.NBD()
             handle.connect_unix(str(path))
             expected = [

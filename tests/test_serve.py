@@ -116,8 +116,9 @@ def test_a_version_2_image_is_refused_for_writing_with_the_line_that_mends_it(
 ) -> None:
     image = make_image(compat="0.10")
     for said in refused_by_both(image, short_path / "s"):
-        assert said.endswith(f"which can only be read: qemu-img amend -f qcow2 -o compat=1.1 {image}")
-    run(*refused_by_both(image, short_path / "s")[0].rpartition(": ")[2].split())
+        assert said.endswith(f"read-only: qemu-img amend -f qcow2 -o compat=1.1 {image} makes it version 3")
+    line = refused_by_both(image, short_path / "s")[0].rpartition(": ")[2]
+    run(*line.removesuffix(" makes it version 3").split())
     assert "version 2" not in refused(PROGRAM, "serve", image, "--socket", short_path / "no" / "s")
 
 

@@ -122,6 +122,12 @@ def newest_slot(data: bytes | bytearray, location: Location, geometry: Geometry,
         or not 1 <= slot.tail_sequence < 1 << 63
     ):
         raise ImageError("tail is impossible", where=where, found=f"{slot.tail_position}, {slot.tail_sequence}")
+    # One a slot write, one a commit: numbers that no history reaches must not reach the end of their field.
+    if slot.generation >= 1 << 63 or slot.last_committed >= 1 << 63:
+        raise ImageError(
+            "generation or last sequence is impossible", where=where, expected="below 2^63",
+            found=f"{slot.generation}, {slot.last_committed}",
+        )  # fmt: skip
     return slot
 
 
