@@ -158,10 +158,11 @@ def _write_again(disk: Disk, plan: ReplayPlan, header: Header, found: bytes) -> 
         at += length
     # Order: before anything else changes. Behind the log a commit may lie that the last cut tore; the next one has
     # its place and number, and torn as well could give it the sectors it lacks: an old transaction would come true
-    # whose clusters have been used for other things since.
+    # whose clusters have been used for other things since. Its head alone: zeros torn into the rest could be what
+    # was lacking.
     ring = disk.log.ring
     if ring.used + ALIGNMENT <= ring.length:
-        yield WriteSync(file, ring.place(ring.head, ALIGNMENT)[0][0], [bytes(ALIGNMENT)])
+        yield WriteSync(file, ring.place(ring.head, SECTOR)[0][0], [bytes(SECTOR)])
     # The tail that the slot names is believed from here on, and what lies before it is written over.
     yield WriteSync(file, disk.log.ring.slot_offset(plan.slot.generation), [plan.slot.to_block()])
     # Order: sector 0 last, as when the journal was attached: it points at what lies behind it.

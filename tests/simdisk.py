@@ -81,6 +81,8 @@ class SimDisk(CachedFile):
         self.physical_sector = physical_sector
         self.tear_neighbours = tear_neighbours
         self.stale_growth = stale_growth
+        self.keeps_cache = False
+        """`drop_cached`, a hint, does nothing."""
         self.operations = 0
         """How many operations were performed (begun), reads and hints not counted; `history` names them."""
         self.history: list[Performed] = []
@@ -152,6 +154,7 @@ class SimDisk(CachedFile):
         other = self.like(self.durable_size, dict(self.durable), self._digest)
         other.log = [effect.copy() for effect in self.log]
         other._cache, other.current_size = dict(self._cache), self.current_size
+        other.keeps_cache = self.keeps_cache
         other._errors, other._error, other._error_seen = self._errors, self._error, self._error_seen
         return other
 
@@ -310,7 +313,8 @@ class SimStorage:
 
     def drop_cached(self) -> None:
         self._enter("drop_cached", 0, 0)
-        self.disk.drop_caches(Random(self.disk.operations))
+        if not self.disk.keeps_cache:
+            self.disk.drop_caches(Random(self.disk.operations))
 
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
         self.finish_write(self.begin_write(offset, buffers))

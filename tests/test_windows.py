@@ -92,6 +92,30 @@ def commit_with_direct_data(life: Life) -> None:
         life.flush()
 
 
+def in_place(life: Life) -> None:
+    life.open()
+    life.write(8, 8)
+    life.write(16, 8)
+    # Nothing allocates in two transactions: overwrites go to where the clusters are.
+    for _ in range(2):
+        life.write(8, 1, in_place=True)
+        life.flush()
+    before = life.disk.pending.count
+    with life.window():
+        life.write(9, 3, in_place=True)
+        life.write(16, 4, in_place=True)
+        life.flush()
+        assert life.disk.pending.count == before
+        # Over it, in every other way, and back.
+        life.write(9, 2, pending=True)
+        life.write(10, 1, in_place=True)
+        life.flush()
+        life.write(12, 1, in_place=True)
+        life.trim(8, 8)
+        life.write(16, 1, in_place=True)
+        life.flush()
+
+
 def revoke_over_pending(life: Life) -> None:
     life.open()
     life.write(8, 8, pending=True)
@@ -358,6 +382,7 @@ SCENARIOS = [
     *over(first_commit, "plain", NARROW, PAGE),
     *over(commit_that_wraps, "plain", SMALL, PAGE),
     *over(full_ring, "plain", SMALL, PAGE),
+    *over(in_place, "plain", SMALL, PAGE),
     *over(commit_with_direct_data, "plain", SMALL, WIDE),
     *over(revoke_over_pending, "plain", SMALL, PAGE),
     *over(revoke_over_direct, "plain", SMALL, PAGE),

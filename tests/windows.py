@@ -96,11 +96,14 @@ class Life:
 
     # -- what clients do; sizes and places in sectors
 
-    def write(self, first: int, count: int = 1, *, pending: bool = False) -> int:
-        """Write sectors, each with the number of this write; returns it. From 8 sectors on, whole clusters directly."""
+    def write(self, first: int, count: int = 1, *, pending: bool = False, in_place: bool = False) -> int:
+        """Write sectors, each with the number of this write; returns it. From 8 sectors on, whole clusters directly.
+
+        `in_place`: less than that may go to where the cluster is; it becomes pending otherwise.
+        """
         self.number += 1
         direct = count >= 8 and not pending
-        self.disk.settings = replace(self.settings, direct_write=SECTOR if direct else 1 << 30)
+        self.disk.settings = replace(self.settings, direct_write=SECTOR if direct else 1 << 30, in_place=in_place)
         started = self.oracle.begin(first, count, self.number)
         data = fill(self.number) * count
         if not self.disk.try_write(data, first * SECTOR):
