@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from .disk import MAX_OWN_HOMES, PAGES_AT_ONCE
 from .errors import NO_ROOM, Error, RequestError
-from .format.tables import OFFSET_MASK
+from .format.tables import OFFSET_MASK, OFLAG_COPIED
 from .journal.transaction import BASE_COST, REVOKE_COST, SECTOR_COST
 from .steps import Buffer, Operation, Write
 
@@ -142,7 +142,8 @@ def write_pending(disk: Disk, offset: int, view: memoryview) -> Operation[None]:
 def _room(disk: Disk, index: int) -> Operation[None]:
     """Return in the hold in which the pool has what the page needs. Raises RequestError (ENOSPC)."""
     cluster = index // disk.geometry.pages_per_cluster
-    while (needed := disk.tokens_needed(cluster)) > disk.allocator.available:
+    # After a replay more may be promised than there is: what needs nothing does not wait for it.
+    while (needed := disk.tokens_needed(cluster)) and needed > disk.allocator.available:
         yield from disk.allocator.ensure(needed)
     disk.log.check()
 
@@ -232,24 +233,28 @@ class Prepared:
         if what:
             self.found_corrupt(f"L1 entry {index} names host offset {offset}, {what}")
         promised = index in disk.table_tokens
-        if not promised and not self.tokens:
-            # Without a promise the pool may be empty: wait for room as any writer.
-            while disk.allocator.available < 1:
-                yield from disk.allocator.ensure(1)
-        while not disk.allocator.pool:
-            yield from disk.allocator.ensure(disk.allocator.available + 1)
+        if not promised and not self.tokens and (what or not disk.mapping.l1.entries[index] & OFLAG_COPIED):
+            # Without a promise the pool may be empty: wait for room as any writer. A table that is ours needs none.
+            yield from disk.allocator.take_tokens(1)
+            self.tokens += 1
         table, used = yield from disk.mapping.own_l2(
             cluster, disk.background, disk.log, disk.allocator, token=promised or self.tokens > 0, bad=bool(what)
         )
         self.pinned.append(table)
-        if used and promised:
-            disk.table_tokens.discard(index)
-        elif used:
+        if used and not promised:
             self.tokens -= 1
+        if index in disk.table_tokens:
+            # The table is ours: the promise is used, or not needed any more. It may have been made meanwhile.
+            disk.table_tokens.discard(index)
+            if not (used and promised):
+                disk.allocator.tokens -= 1
         return table
 
     def reserve(self) -> Operation[int]:
-        """A pool cluster of this operation's tokens, its refcount block pinned."""
+        """A pool cluster, its refcount block pinned: for a token of this operation, or for one that it gets now."""
+        if not self.tokens:
+            yield from self.disk.allocator.take_tokens(1)
+            self.tokens += 1
         while not self.disk.allocator.pool:
             # After a replay more may be promised than the pool holds yet.
             yield from self.disk.allocator.ensure(self.disk.allocator.available + 1)
@@ -264,6 +269,17 @@ class Prepared:
         self.promised.discard(cluster)
         if host is not None:
             self.reserved.discard(host)
+
+    def abandon(self, cluster: int) -> None:
+        """A pending cluster cannot go home now: the token that it gave to this operation is its own again."""
+        if cluster in self.promised:
+            self.promised.discard(cluster)
+            self.disk.cluster_tokens.add(cluster)
+            if self.tokens:
+                self.tokens -= 1
+            else:
+                # Its reserved cluster goes back, not into the pool.
+                self.disk.allocator.tokens += 1
 
     def spend(self, cost: int) -> None:
         """Give credits back before the end."""
@@ -313,8 +329,12 @@ def write_direct(disk: Disk, cluster: int, view: memoryview) -> Operation[None]:
     held = Prepared(disk, cost)
     try:
         tables = (cluster + count - 1) // disk.geometry.l2_entries - cluster // disk.geometry.l2_entries + 1
-        yield from disk.allocator.take_tokens(count + tables)
-        held.tokens = count + tables
+        try:
+            yield from disk.allocator.take_tokens(count + tables)
+            held.tokens = count + tables
+        except RequestError:
+            # What is written in place needs no room; what does asks for it again.
+            disk.log.check()
         yield from disk.exclude(cluster, cluster + count, held.excluded)
         homes: list[tuple[Table, int]] = []
         for number in range(cluster, cluster + count):

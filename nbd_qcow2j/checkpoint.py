@@ -63,7 +63,8 @@ def round_(
 ) -> Operation[bool]:
     """One round; True when it did anything. Raises DeviceFailed.
 
-    No room in the host file system for the home writes is no loss: False, and who waits for the tail is told.
+    No room in the host file system, and a read that fails, are no loss: the clusters they meet stay pending. Where
+    nothing else can be done: False, and who waits for the tail is told.
     The tail moves only if that frees `least_bytes` of the ring: a metadata sector that changes often goes home
     once for many changes.
     """
@@ -84,7 +85,11 @@ def round_(
             if not log.try_credits(cost):
                 chosen, cost = [], 0
     if not chosen and not passable:
-        if tight and not log.running.empty and log.committing is None and log.may_commit():
+        if tight and log.committing is not None:
+            # What supersedes the tail's records may be on its way: what the tail is then is seen when it is there.
+            yield Wait(log.commit_gate)
+            return True
+        if tight and not log.running.empty and log.may_commit():
             # What supersedes the tail's records is only in the running transaction.
             yield from log.commit()
             return True
@@ -95,6 +100,7 @@ def round_(
     home = dict(log.home) if passable else {}
     try:
         going: list[_Going] = []
+        left: Error | None = None
         for number, cluster in enumerate(chosen, 1):
             if not number % HOLD_CLUSTERS:
                 yield PAUSE
@@ -107,7 +113,17 @@ def round_(
                 disk.excluded.add(cluster)
                 held.excluded.append(cluster)
             if cluster in disk.pending.clusters:
-                going.append(_prepare_simply(disk, held, cluster) or (yield from _prepare(disk, held, cluster)))
+                try:
+                    going.append(_prepare_simply(disk, held, cluster) or (yield from _prepare(disk, held, cluster)))
+                except (RequestError, ImageError, OSError) as error:
+                    # What cannot be read, or finds no room, stays pending, after those that were not tried yet:
+                    # nothing is lost, and others may not need what it lacks.
+                    left = _no_loss(error)
+                    held.abandon(cluster)
+                    disk.pending.postpone(cluster)
+        if left is not None and not going and not passable:
+            log.starve(left)
+            return False
         yield from _write_home(disk, going, home)
         if going or home:
             mark = log.data_counter
@@ -134,13 +150,9 @@ def round_(
         disk.checkpoints += 1
     except OSError as error:
         if error.errno in NO_ROOM and not isinstance(error, _Synchronous):
-            log.starve()
+            log.starve(_no_loss(error))
             return False
         raise log.latch(error, "checkpoint") from error
-    except RequestError:
-        # The pool has not what a cluster needs, and cannot grow.
-        log.starve()
-        return False
     except (Error, GeneratorExit):
         raise
     except BaseException as error:
@@ -151,6 +163,15 @@ def round_(
     if tight and going and log.committing is None and not log.running.empty and log.may_commit():
         yield from log.commit()
     return True
+
+
+def _no_loss(error: Error | OSError) -> Error:
+    """The error, where nothing is lost by it; raises what may be a lost write."""
+    if isinstance(error, Error):
+        return error
+    if error.errno in NO_ROOM and not isinstance(error, _Synchronous):
+        return RequestError(errno.ENOSPC, "no room in the host file system")
+    raise error
 
 
 class _Synchronous(OSError):
@@ -323,6 +344,9 @@ def _write_home(disk: Disk, going: list[_Going], home: dict[int, tuple[bytes, in
 def _link(disk: Disk, going: _Going) -> None:
     """In one hold: the cluster's new home, and its pages home elsewhere."""
     log, cluster = disk.log, going.cluster
+    if going.to_zero and disk.pending.clusters.get(cluster) != going.pages:
+        # It would lose its home while a page that came since counts on that, and has no token for another.
+        return
     if going.table is not None:
         if going.to_zero:
             disk.mapping.unlink(
@@ -415,9 +439,9 @@ def drain(disk: Disk) -> Operation[None]:
         if not done:
             # Also what no flush asked for is kept, if the ring has room for it.
             yield from settle(disk)
+            reason = log.starved_of
             raise RequestError(
-                errno.ENOSPC,
-                "no room in the host file system to send everything home: the image stays attached; what was flushed "
-                "is in its journal and nothing of it is lost; make room, then serve the image again or run "
-                "nbd-qcow2j recover",
+                reason.errno,
+                f"not everything can go home: {reason}; the image stays attached; what was flushed is in its journal "
+                "and nothing of it is lost; mend that, then serve the image again or run nbd-qcow2j recover",
             )

@@ -10,6 +10,7 @@ itself, one that finds one shares the next (group commit). The writer (writer.py
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 from . import changes, checkpoint
 from .counters import BOUNDS_PAGES, Histogram, Statistics
 from .disk import Disk, Settings
-from .errors import Error, ImageError, RequestError
+from .errors import NO_ROOM, Error, ImageError, RequestError
 from .image.backing import Extent, open_backing
 from .locks import READER, WRITER
 from .opening import detach, open_disk, read_header
@@ -221,9 +222,12 @@ class Device:
         disk = self.disk
         try:
             disk.file.write(home, (data,))
-        except OSError as error:
+        except BaseException as error:
             with self._lock:
                 disk.end_in_place(offset, length)
+                if isinstance(error, OSError) and error.errno in NO_ROOM:
+                    # As in changes.guarded: the home lies in a hole of the host file.
+                    raise RequestError(errno.ENOSPC, "no room in the host file system") from error
                 raise disk.log.latch(error, "write") from error
         with self._lock:
             return disk.end_in_place(offset, length)

@@ -32,6 +32,13 @@ class RequestError(Error):
         self.errno = errno
 
 
+class ReadFailed(RequestError):
+    """The disk could not read: the request fails, nothing is lost, the same may work later."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_errno.EIO, message)
+
+
 class OptionError(Error):
     """An option that cannot be: its name, what was found and what is allowed."""
 

@@ -37,7 +37,7 @@ class PendingPages:
         self.zero_page = bytes(geometry.page_size)
         self.clusters: dict[int, dict[int, Page]] = {}
         self.since: dict[int, float] = {}
-        """guest cluster -> when it became pending, in the same order as `clusters`."""
+        """guest cluster -> when it became pending, the oldest first."""
         self.clock: Callable[[], float] = lambda: 0.0
         """The driver's: nothing here depends on the time, it is noted for whoever asks how old the oldest is."""
         self.count = 0
@@ -71,6 +71,10 @@ class PendingPages:
             return False
         del self.clusters[number], self.since[number]
         return True
+
+    def postpone(self, cluster: int) -> None:
+        """Let the checkpoint take the others first."""
+        self.clusters[cluster] = self.clusters.pop(cluster)
 
     def start_clock(self, clock: Callable[[], float]) -> None:
         """From now on ages are known; what was replayed from a journal is as old as this moment."""

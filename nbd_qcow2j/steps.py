@@ -7,7 +7,8 @@ memory only; what it yields is a `Step`, done *without* the lock, whose result i
 
 `driver.py` runs operations with real files and threads; tests run the same generators one step at a
 time, in any order, with a cut between any two. What a step raises (an `OSError` of the disk, an `ImageError`
-of what was read, a `MemoryError`) is thrown into the operation: what it holds is given back under the lock.
+of what was read, a `MemoryError`) is thrown into the operation: what it holds is given back under the lock. A read
+that fails is a `ReadFailed`: an `OSError` is of a write, a sync, or room, and may be a lost write.
 
 A `Wait` names a `Gate`; the operation is run again when the gate was opened after it yielded, and looks
 again at its condition: `while not condition: yield Wait(gate)`.
@@ -17,6 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from .errors import ReadFailed
 
 if TYPE_CHECKING:
     from .storage import Storage
@@ -34,6 +37,13 @@ class Step:
         raise AssertionError(f"{type(self).__name__} is for the driver")
 
 
+def _read(storage: Storage, buffer: bytearray | memoryview, offset: int) -> None:
+    try:
+        storage.read_into(buffer, offset)
+    except OSError as error:
+        raise ReadFailed(f"{storage.name}: cannot read {len(buffer)} bytes at {offset}: {error.strerror}") from error
+
+
 class Read(Step):
     """Read `length` bytes at `offset`, zeros past the end of the file. Sends back a bytearray."""
 
@@ -44,7 +54,7 @@ class Read(Step):
 
     def perform(self) -> bytearray:
         buffer = bytearray(self.length)
-        self.storage.read_into(buffer, self.offset)
+        _read(self.storage, buffer, self.offset)
         return buffer
 
 
@@ -57,7 +67,7 @@ class ReadInto(Step):
         self.storage, self.offset, self.buffer = storage, offset, buffer
 
     def perform(self) -> None:
-        self.storage.read_into(self.buffer, self.offset)
+        _read(self.storage, self.buffer, self.offset)
 
 
 class Write(Step):

@@ -149,7 +149,11 @@ class Allocator:
         self.tokens += count
 
     def ensure(self, count: int) -> Operation[None]:
-        """Grow the pool until `count` clusters are available; single flight. Raises RequestError (ENOSPC)."""
+        """Grow the pool until `count` clusters are available; single flight.
+
+        Raises RequestError (ENOSPC); DeviceFailed: what a change that was left half-way gave back may be named.
+        """
+        self.log.check()
         if self.growing:
             yield Wait(self.grow_gate)
             return
@@ -186,13 +190,17 @@ class Allocator:
         self.found.append(cluster)
 
     def release(self) -> Operation[None]:
-        """Give freed clusters that nobody can reach back: first to the host file system, then to the allocator."""
+        """Give freed clusters that nobody can reach back: first to the host file system, then to the allocator.
+
+        Raises DeviceFailed.
+        """
         clusters = sorted(self.log.epochs.releasable)
         self.log.epochs.releasable.clear()
         size = self.geometry.cluster_size
         if self.discard:
             for first, count in runs_of(clusters):
                 # Order: punch, then allocate again; the other way round would punch somebody's data.
+                self.log.check()
                 try:
                     yield Punch(self.storage, first * size, count * size)
                 except OSError:
@@ -205,17 +213,17 @@ class Allocator:
     def grow_pool(self, count: int) -> Operation[None]:
         """Make about `count` free clusters pool clusters. Raises OSError."""
         chosen: list[int] = []
-        while len(chosen) < count:
-            if self.found:
-                chosen.append(self.found.popleft())
-                self.held.add(chosen[-1])
-            elif self.scan_at < self.scan_end:
-                yield from self._scan()
-            else:
-                break
         try:
+            while len(chosen) < count:
+                if self.found:
+                    chosen.append(self.found.popleft())
+                    self.held.add(chosen[-1])
+                elif self.scan_at < self.scan_end:
+                    yield from self._scan()
+                else:
+                    break
             yield from self._make_zero(chosen)
-        except OSError:
+        except BaseException:
             for cluster in chosen:
                 self.give_back(cluster)
             raise
@@ -226,6 +234,7 @@ class Allocator:
     def _make_zero(self, clusters: list[int]) -> Operation[None]:
         size = self.geometry.cluster_size
         for first, count in runs_of(sorted(clusters)):
+            self.log.check()
             yield ZeroRange(self.storage, first * size, count * size)
 
     def _scan(self) -> Operation[None]:
@@ -313,12 +322,14 @@ class Allocator:
             raise OSError(errno.EFBIG, "something behind the end of the file is named already")
         yield Allocate(self.storage, first * size, total * size)
         old_clusters = range(old.host_offset // size, (old.host_offset + old.length) // size)
-        for cluster in old_clusters:
-            block = yield from self.load_block(cluster)
-            if block is not None:
-                block.pins += 1
+        pinned: list[Table] = []
         old_end = self.end
         try:
+            for cluster in old_clusters:
+                counting = yield from self.load_block(cluster)
+                if counting is not None:
+                    counting.pins += 1
+                    pinned.append(counting)
             new_blocks = []
             for number in range(blocks):
                 block = RefcountBlock(
@@ -352,10 +363,8 @@ class Allocator:
                 # What aligning the new table left is free, and its block exists.
                 self.found.extend(range(old_end, first))
         finally:
-            for cluster in old_clusters:
-                pinned = self.block(cluster)
-                if pinned is not None:
-                    pinned.pins -= 1
+            for each in pinned:
+                each.pins -= 1
 
 
 def runs_of(clusters: list[int]) -> list[tuple[int, int]]:

@@ -176,9 +176,14 @@ class Mapping:
                 block = yield from allocator.load_block(old.host_offset >> self.geometry.cluster_bits)
                 if block is not None:
                     block.pins += 1
-            host = allocator.reserve(token=token)
+            host = -1
             new_block, linked = None, False
             try:
+                while not allocator.pool:
+                    # After a replay more may be promised than the pool holds yet.
+                    yield from allocator.ensure(allocator.available + 1)
+                # Order: in the hold in which the pool was looked at.
+                host = allocator.reserve(token=token)
                 new_block = yield from allocator.load_block(host)
                 assert new_block is not None, "a pool cluster has its refcount block"
                 new_block.pins += 1
@@ -205,7 +210,7 @@ class Mapping:
                             log.running.note_host_revoke(old.host_offset, old.length)
                             self.cache.forget(old.host_offset)
             finally:
-                if not linked:
+                if not linked and host >= 0:
                     # The caller still counts on its token.
                     allocator.give_back(host)
                     allocator.tokens += token

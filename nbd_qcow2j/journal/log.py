@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ..errors import DeviceFailed, RequestError
+from ..errors import DeviceFailed, Error, RequestError
 from ..format.journal import EncodedTransaction, encode_transaction
 from ..geometry import SECTOR, Geometry
 from ..steps import Compute, Gate, Operation, Sync, Wait, WriteSync
@@ -59,7 +59,8 @@ class Log:
         self.on_pressure: Callable[[], object] = lambda: None
         """Called when somebody waits for the tail: wake the checkpoint."""
         self.starvations = 0
-        """How often the checkpoint could not go on because the host file system has no room."""
+        """How often the checkpoint could not go on: the host file system has no room, or a read failed."""
+        self.starved_of = RequestError(errno.ENOSPC, "no room in the host file system")
         self.on_stale: Callable[[int], object] = lambda host_offset: None
         self.commits = self.commit_bytes = 0
         self.begin_commit: Callable[[], object] = lambda: None
@@ -97,19 +98,20 @@ class Log:
 
     # ---- credits
 
-    def starve(self) -> None:
-        """Nothing can go home for want of room in the host file system: who waits for the tail is told."""
+    def starve(self, reason: Error) -> None:
+        """Nothing can go home, and nothing is lost: who waits for the tail is told."""
         self.starvations += 1
+        self.starved_of = reason if isinstance(reason, RequestError) else RequestError(reason.errno, str(reason))
         self.room_gate.open()
 
     def wait_for_room(self, starved: int) -> Operation[None]:
         """Wait until the checkpoint did something; `starved`: `starvations` when the caller began to want it.
 
-        Raises RequestError (ENOSPC).
+        Raises RequestError: what the checkpoint lacks.
         """
-        # Every wait ends: this one when the checkpoint has tried since, and found the host file system full.
+        # Every wait ends: this one when the checkpoint has tried since, and could not.
         if self.starvations != starved:
-            raise RequestError(errno.ENOSPC, "no room in the host file system to send home what the journal holds")
+            raise RequestError(self.starved_of.errno, f"what the journal holds cannot go home: {self.starved_of}")
         self.on_pressure()
         yield Wait(self.room_gate)
 

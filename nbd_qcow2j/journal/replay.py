@@ -200,12 +200,16 @@ def _check_ranges(
     records: list[Record], location: Location, geometry: Geometry, *, file_size: int, where: str
 ) -> None:
     pages_end = geometry.pages * geometry.page_size
+    # A revoke may be of whole clusters, of which the disk's last may be partial.
+    clusters_end = -(-geometry.size // geometry.cluster_size) * geometry.cluster_size
     # A table is written whole, and durable, before a transaction names it: none lies behind the end of the file.
     metadata_end = -(-file_size // geometry.cluster_size) * geometry.cluster_size
     for record in records:
         end = record.offset + record.length
-        if record.type in (GUEST_DATA, REVOKE_GUEST) and end > pages_end:
-            raise ImageError("journal record lies past the end of the disk", where=where, expected=pages_end, found=end)
+        if record.type in (GUEST_DATA, REVOKE_GUEST):
+            most = pages_end if record.type == GUEST_DATA else clusters_end
+            if end > most:
+                raise ImageError("journal record lies past the end of the disk", where=where, expected=most, found=end)
         if record.type not in (WRITE_DATA, REVOKE_HOST):
             continue
         if record.offset < location.offset + location.length and end > location.offset:
