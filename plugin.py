@@ -18,7 +18,16 @@ site.addsitedir(_PACKAGES)
 if _TOP not in sys.path:
     sys.path.insert(0, _TOP)
 
-from nbd_qcow2j import adapter  # noqa: E402
+try:
+    from nbd_qcow2j import adapter
+except ImportError as error:
+    # Python looks for its library beside the first python3 on PATH; that of another build (pyenv, conda) has the same
+    # version and modules that do not load. .venv knows where the right one is.
+    with open(os.path.join(_TOP, ".venv", "pyvenv.cfg"), encoding="utf-8") as _file:
+        _home = next((_line.split("=", 1)[1].strip() for _line in _file if _line.startswith("home")), "/usr/bin")
+    _prefix = os.path.dirname(_home)
+    _hint = f"set PYTHONHOME={_prefix}" if sys.base_prefix != _prefix else "run deploy/setup"
+    sys.exit(f"nbd-qcow2j: {error}: {_hint}")
 
 API_VERSION = 2
 

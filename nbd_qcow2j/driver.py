@@ -143,8 +143,8 @@ class Device:
         self._closed = False
         # From here on a write is followed by a closer look at how full things are.
         self._commit_size = options.commit_size
-        self._half_ring = (disk.log.ring.length - disk.log.ring.reserve) // 2
-        self._half_pending = options.pending_limit // disk.page_size // 2
+        self._start_ring = int((disk.log.ring.length - disk.log.ring.reserve) * options.checkpoint_start)
+        self._start_pending = int(options.pending_limit // disk.page_size * options.checkpoint_start)
 
     # ---- life
 
@@ -211,8 +211,8 @@ class Device:
             self._change(lambda: changes.write(disk, data, offset), "write")
         ring, running = disk.log.ring, disk.log.running.size
         if (
-            running >= self._commit_size or ring.head - ring.tail + running > self._half_ring
-            or disk.pending.count > self._half_pending or disk.allocator.available < disk.allocator.grow_step
+            running >= self._commit_size or ring.head - ring.tail + running > self._start_ring
+            or disk.pending.count > self._start_pending or disk.allocator.available < disk.allocator.grow_step
         ):  # fmt: skip
             self._after_write()
         if fua:
@@ -321,7 +321,7 @@ class Device:
         if disk.allocator.available < disk.allocator.grow_step:
             writer.wake_room()
         full = max(checkpoint.fill(disk), disk.pending.size_bytes / self.options.pending_limit)
-        if full >= 0.5:
+        if full >= self.options.checkpoint_start:
             writer.wake_checkpoint()
             if full > SLOW_FROM:
                 # Pacing: the delay grows with the fill, so that the ring is never found full.

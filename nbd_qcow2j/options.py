@@ -49,6 +49,13 @@ def _parse_seconds(text: str) -> float:
     return float(match[1]) / (1000 if match[2].lower() == "ms" else 1)
 
 
+def _parse_percent(text: str) -> float:
+    number = text.strip().removesuffix("%").strip()
+    if not number.isascii() or not number.isdigit():
+        raise ValueError("a whole number of percent, such as 50%")
+    return int(number) / 100
+
+
 def _parse_bool(text: str) -> bool:
     word = text.strip().lower()
     if word not in _TRUE | _FALSE:
@@ -111,6 +118,7 @@ class _Kind:
 
 _SIZE_KIND = _Kind("SIZE", parse_size, format_size)
 _TIME_KIND = _Kind("SECONDS", _parse_seconds, lambda value: f"{value:g} s")
+_PERCENT_KIND = _Kind("PERCENT", _parse_percent, lambda value: f"{value:.0%}")
 _BOOL_KIND = _Kind("true|false", _parse_bool, lambda value: str(value).lower())
 _PATH_KIND = _Kind("PATH", _parse_path, str)
 
@@ -201,6 +209,13 @@ class Options:
         "send pending pages home when the disk was idle for this long",
         minimum=0.1,
         maximum=600,
+    )
+    checkpoint_start: float = _option(
+        0.5,
+        _PERCENT_KIND,
+        "send pages home at full pace from this fill of the journal, or of the memory for pages",
+        minimum=0.05,
+        maximum=0.7,
     )
     cpu: int | str = _option(
         "auto",

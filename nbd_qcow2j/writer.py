@@ -2,7 +2,7 @@
 little to do. Requests never hop into it; they only wake it.
 
     commit      when `commit_interval` passed, or the running transaction has `commit_size`
-    checkpoint  while the ring is more than half full; when idle for `checkpoint_interval`; at once when tight
+    checkpoint  while the ring is fuller than `checkpoint_start`; when idle for `checkpoint_interval`; at once if tight
     room        while the pool is low; when freed clusters may be given back
 
 Each step is an operation of the engine, run in a worker thread by the driver: an fdatasync must not keep the
@@ -25,7 +25,6 @@ from .disk import Disk
 from .errors import DeviceFailed, RequestError
 from .steps import Operation
 
-HALF_FULL = 0.5
 ROUNDS_AT_ONCE = 16
 RETRY_SECONDS = 0.2
 """How long to wait before trying again where the host file system has no room."""
@@ -38,6 +37,8 @@ class Settings(Protocol):
     def commit_interval(self) -> float: ...
     @property
     def checkpoint_interval(self) -> float: ...
+    @property
+    def checkpoint_start(self) -> float: ...
     @property
     def pending_limit(self) -> int: ...
 
@@ -192,7 +193,7 @@ class Writer:
         disk = self.disk
         return (
             checkpoint.is_tight(disk)
-            or self._full() >= HALF_FULL
+            or self._full() >= self.settings.checkpoint_start
             or bool(idle and (disk.pending.clusters or disk.log.ring.transactions))
         )
 

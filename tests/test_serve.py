@@ -433,3 +433,17 @@ def test_an_empty_image_answers_within_a_second(serve: Callable[..., Server], ma
         best = min(best, time.monotonic() - began)
         server.stop()
     assert best < 1.0
+
+
+def test_another_python_on_the_path_does_not_matter(image: Path, tmp_path: Path, short_path: Path) -> None:
+    # Python looks for its library beside the first python3 on PATH: here one whose library is empty.
+    library = tmp_path / "other" / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    library.mkdir(parents=True)
+    (library / "os.py").write_text("raise ImportError('the library of another build')\n")
+    program = tmp_path / "other" / "bin" / "python3"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nexit 1\n")
+    program.chmod(0o755)
+    path = f"{program.parent}:{os.environ['PATH']}"
+    words = [PROGRAM, "serve", image, "--socket", short_path / "s", "--", "--run", 'nbdinfo --size "$uri"']
+    assert run(*words, env={**os.environ, "PATH": path}).stdout.endswith(f"{64 << 20}\n")

@@ -27,9 +27,10 @@ from ..image.backing import open_backing
 from ..options import UNITS, Options, describe_options, parse_address, parse_options
 from ..storage import FileStorage
 
-# nbdkit's threads for each connection. On one CPU (lifecycle.py) the number hardly matters to small reads: 44k to
-# 57k a second at depth 16 for 1 to 16 of them. Eight keep a disk busy with cold reads while one waits for a flush;
-# with four connections 4 threads serve 36k, 8 serve 42k to 51k and 16 serve 44k.
+# nbdkit's threads for each connection; requests of one connection that wait for the disk at once. Measured on two
+# cores with 2, 4, 8, 16 of them: 4 KiB random reads at depth 16 51k, 47k, 33k, 32k a second, with the page cache
+# dropped 20k, 22k, 19k, 18k; writes in place 28k, 26k, 22k, 23k; allocating writes, a flush every 32, 12.6k, 11.2k,
+# 10.1k, 10.1k: every thread more is one that the interpreter lock has to travel to.
 # Limit: nbdkit 1.32.4 and 1.32.5 (Debian 12) abort when a client with several requests under way vanishes: 17 of
 # 20 times at depth 16, never with `-- -t 1`, which costs concurrent cold reads. Nothing flushed is lost by it.
 THREADS = 4
@@ -112,7 +113,9 @@ def run(arguments: argparse.Namespace) -> int:
     command += [*for_nbdkit, "python", str(plugin), *(f"{key}={value}" for key, value in pairs), *for_filters]
     print(_how_to_attach(options, uri, arguments), flush=True)
     sys.stderr.flush()
-    os.execv(nbdkit, command)
+    # The interpreter that nbdkit embeds looks for its library beside the first python3 on PATH, which may be another
+    # build of the same version (pyenv, conda), whose modules do not load.
+    os.execve(nbdkit, command, {**os.environ, "PYTHONHOME": sys.base_prefix})
 
 
 def _pairs(arguments: argparse.Namespace) -> list[tuple[str, str]]:
