@@ -175,7 +175,8 @@ def _merge(disk: Disk, index: int, inside: int, part: memoryview) -> Operation[N
             disk.put_page(index, bytes(merged))
             return
     finally:
-        flags.remove(flag)
+        # By identity: `remove` would take another's flag that has the same value, and nobody would tell that other.
+        flags[:] = [each for each in flags if each is not flag]
         if not flags:
             disk.merging.pop(cluster, None)
 
