@@ -121,8 +121,8 @@ def test_a_merge_that_ends_does_not_take_the_flag_of_another() -> None:
     until(stepper, first, ReadInto)
     stepper.move(first)
     for operation in (stage.write(5, 2), stage.flush(), stage.round(), stage.flush()):
-        stepper.run(stepper.add(operation))
-    assert not stage.disk.pending.clusters
+        run_simply(operation)
+    assert not first.done and not stage.disk.pending.clusters
     stepper.run(first)
     stage.do(stage.flush())
     stage.oracle.check(stage.engine.contents(), stage.oracle.now)
@@ -332,7 +332,7 @@ def test_a_promise_of_a_table_that_another_made_is_given_back() -> None:
         stepper.move(direct)
     stage.calls.disk.allocator.grow_step = 8
     run_simply(stage.disk.allocator.ensure(8))
-    stepper.run(stepper.add(stage.write(20, 1, fast=True)))
+    run_simply(stage.write(20, 1, fast=True))
     assert stage.disk.table_tokens == {0}
     stepper.run(direct)
     assert direct.error is None
@@ -382,7 +382,7 @@ def test_a_page_that_came_while_its_cluster_became_zero_still_has_a_home() -> No
     sender = stepper.add(stage.round())
     until(stepper, sender, Step)
     assert 0 in stage.disk.excluded
-    stepper.run(stepper.add(pending(stage, 0, 8)))
+    run_simply(pending(stage, 0, 8))
     stepper.run(sender)
     stage.do(stage.flush())
     drain_pool(stage)
