@@ -23,7 +23,7 @@ from nbd_qcow2j.errors import DeviceFailed, ImageError, ReadFailed, RequestError
 from nbd_qcow2j.format.tables import OFFSET_MASK
 from nbd_qcow2j.opening import detach
 from nbd_qcow2j.options import Options
-from nbd_qcow2j.steps import Operation, Punch, ReadInto, Step, Wait, Write, WriteSync, ZeroRange, run_simply
+from nbd_qcow2j.steps import Operation, Punch, ReadInto, Step, Wait, WriteSync, ZeroRange, run_simply
 from nbd_qcow2j.writer import Writer
 
 PARTIAL = Shape("cluster_size=65536", 100 << 10, journal=1 << 18)
@@ -586,29 +586,3 @@ def test_a_write_in_place_that_fails_leaves_nothing_excluded(error: Exception) -
     else:
         with pytest.raises(DeviceFailed):
             device.flush()
-
-
-def overwrite(stage: Stage, first: int, length: int, *, flush: bool = False) -> Operation[None]:
-    """A small write as the driver does it: in place without an operation where that can be."""
-    disk, oracle = stage.disk, stage.oracle
-    number = next(stage.calls.numbers)
-    started = oracle.begin(first, length, number)
-    data, offset = fill(number) * length, first * 512
-    home = disk.begin_in_place(offset, len(data))
-    done = home < 0 and disk.try_write(data, offset)
-    if home >= 0:
-        in_place = False
-        try:
-            yield Write(disk.file, home, [data])
-            in_place = True
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise disk.log.latch(error, "write") from error
-            raise RequestError(errno.ENOSPC, "no room in the host file system") from error
-        finally:
-            done = disk.end_in_place(offset, len(data)) and in_place
-    if not done:
-        yield from changes.guarded(disk, changes.write(disk, data, offset), "write")
-    oracle.end(started)
-    if flush:
-        yield from stage.flush()
