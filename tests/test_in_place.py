@@ -4,6 +4,16 @@ Method: a small write goes the driver's way (`overwrite`): in place, in one hold
 be; else pending; else by the long way. The checkpoint links one cluster a hold, so that commits, writes and trims fall
 between the links of a round, and moves the tail now and then only. After every move the invariants are looked at, every
 read is judged by the oracle, and what a cut or a kill leaves is recovered.
+
+    Breakage: disk.py: if cluster in self.merging: -> if False:
+    Breakage: disk.py: (in end_in_place) self.log.note_data() -> pass
+    Breakage: disk.py: (in end_in_place) return self._has_no_version(cluster, offset, length) -> return True
+    Breakage: disk.py: (in begin_in_place) self.excluded.add(cluster) -> pass
+    Breakage: disk.py: self.own_homes.pop(cluster, None) -> pass
+    Breakage: changes.py: flags[:] = [each for each in flags if each is not flag] -> flags.remove(flag)
+    Breakage: checkpoint.py: disk.touch(cluster) -> pass
+    Breakage: checkpoint.py: if disk.pending.get(index) is not page: -> if False:
+    Breakage: journal/log.py: return index in self.records or (…) -> return index in self.records
 """
 
 from __future__ import annotations
@@ -26,6 +36,7 @@ from nbd_qcow2j.errors import DeviceFailed, RequestError
 from nbd_qcow2j.steps import Operation, Pause, Write
 
 SMALL = Shape("cluster_size=512", 64 << 10, journal=1 << 18)
+PAIRS = Shape("cluster_size=8192", 64 << 10, journal=1 << 19)
 ROOMY = Shape("cluster_size=4096", 64 << 10, journal=1 << 19)
 SHAPES = [
     SMALL,
@@ -138,6 +149,24 @@ def zeroes_and_a_read(stage: Stage) -> list[Operation[Any]]:
     return [overwrite(stage, 8, 8), chain(stage.calls.zero(10, 4), stage.flush()), stage.read(8, 8)]
 
 
+def merges_on_both_sides_of_a_home_write(stage: Stage) -> list[Operation[Any]]:
+    # What one merge has read is old when the other's page has gone home, or when the write in place has returned.
+    settled(stage)
+    return [overwrite(stage, 0, 2), overwrite(stage, 2, 2), overwrite(stage, 5, 1), chain(stage.flush(), stage.round())]
+
+
+def a_cluster_that_becomes_zero(stage: Stage) -> list[Operation[Any]]:
+    # Its home is known when it is freed and given to somebody else.
+    stage.do(stage.write(0, 32))
+    stage.home()
+    stage.do(overwrite(stage, 0, 1), stage.flush(), stage.calls.zero(0, 8), stage.calls.zero(8, 8), stage.flush())
+    return [
+        chain(stage.round(), stage.flush(), stage.release(), stage.write(48, 16), stage.flush()),
+        chain(overwrite(stage, 1, 2), stage.flush(), overwrite(stage, 4, 2), stage.flush()),
+        stage.read(48, 16),
+    ]
+
+
 def commits_between_the_links_of_a_round(stage: Stage) -> list[Operation[Any]]:
     stage.do(stage.write(0, 8))
     stage.home()
@@ -150,12 +179,19 @@ def commits_between_the_links_of_a_round(stage: Stage) -> list[Operation[Any]]:
     ]
 
 
-SCENES = [
-    (shape, scene)
-    for scene in (a_merge_and_a_flush, a_trim_and_reuse, a_direct_write, a_pending_page_on_its_way_home,
-                  zeroes_and_a_read, commits_between_the_links_of_a_round)
-    for shape in ((ROOMY, WIDE) if scene is a_merge_and_a_flush else (ROOMY,))
-]  # fmt: skip
+SCENES: list[tuple[Shape, Scene]] = [
+    (ROOMY, a_merge_and_a_flush),
+    (WIDE, a_merge_and_a_flush),
+    (ROOMY, a_trim_and_reuse),
+    (ROOMY, a_direct_write),
+    (ROOMY, a_pending_page_on_its_way_home),
+    (ROOMY, zeroes_and_a_read),
+    (ROOMY, merges_on_both_sides_of_a_home_write),
+    (PAIRS, a_cluster_that_becomes_zero),
+    (ROOMY, commits_between_the_links_of_a_round),
+]
+APART = {merges_on_both_sides_of_a_home_write}
+"""Scenes in which the beginning of a step and its return are moves of their own: a read that is old when it returns."""
 
 
 def orders(limit: int) -> Iterator[Chooser]:
@@ -172,7 +208,7 @@ def run_scene(shape: Shape, scene: Scene, limit: int) -> None:
     seen = Counter[str]()
     for chooser in orders(limit):
         stage = opened(shape, seen=seen)
-        stepper = Stepper(chooser, whole_steps=True)
+        stepper = Stepper(chooser, whole_steps=scene not in APART)
         try:
             for number, operation in enumerate(scene(stage)):
                 stepper.add(operation, f"caller {number}")
@@ -194,7 +230,7 @@ def run_scene(shape: Shape, scene: Scene, limit: int) -> None:
 
 @pytest.mark.parametrize(("shape", "scene"), SCENES)
 def test_every_order_with_small_writes_in_place_gives_what_is_allowed(shape: Shape, scene: Scene) -> None:
-    run_scene(shape, scene, 30)
+    run_scene(shape, scene, 100 if scene in APART else 30)
 
 
 @pytest.mark.sweep
