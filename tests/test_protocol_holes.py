@@ -242,6 +242,33 @@ def test_what_needs_no_room_goes_home_beside_what_finds_none() -> None:
     cut(stage)
 
 
+def test_a_home_in_a_hole_of_the_host_file_keeps_no_other_from_going_home() -> None:
+    # Three overwritten clusters lie side by side and are written in one call; the one in the middle finds no room.
+    # Breakage: checkpoint.py: except OSError as alone: -> except KeyError as alone:
+    stage = Stage(ROOMY)
+    stage.do(stage.write(0, 32))
+    stage.home()
+    stage.do(*(pending(stage, first, 8) for first in (0, 8, 16)), stage.flush())
+    hole = host_of(stage, 1) * 4096
+    assert [host_of(stage, cluster) - host_of(stage, 1) for cluster in (0, 2)] == [-1, 1]
+
+    def hook(kind: str, offset: int, length: int) -> None:
+        if kind == "write" and offset <= hole < offset + length:
+            raise OSError(errno.ENOSPC, "full")
+
+    stage.sim.hook = hook
+    assert run_simply(stage.round())
+    assert stage.disk.pending.clusters.keys() == {1}
+    assert not run_simply(stage.round(tight=True))
+    stage.do(stage.flush())
+    cut(stage)
+    stage.sim.hook = None
+    stage.do(stage.round())
+    assert not stage.disk.pending.clusters
+    stage.home()
+    cut(stage)
+
+
 def test_a_trim_of_a_cluster_whose_table_is_ours_needs_no_room() -> None:
     # Breakage: changes.py: (what or not disk.mapping.l1.entries[index] & OFLAG_COPIED) -> True
     stage = crowded()
