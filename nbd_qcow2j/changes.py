@@ -1,7 +1,8 @@
 """Operations that change the disk: pending and direct writes, zeroes, trim.
 
 Each takes ring credits first, then room, then the exclusion of its clusters in ascending order; prepares
-(tables loaded, made ours and pinned); does its I/O; and changes everything in one last hold.
+(tables loaded, made ours and pinned); does its I/O; and changes everything in one last hold. Where there is no room
+it is asked for again by what turns out to need it: room is made by nobody who waits for an exclusion.
 
     Crash before the last hold: reserved clusters have refcount zero; nothing names what was written.
     Crash after it, before its commit: as before the operation, or, in place, any mixture of old and new.
@@ -175,7 +176,8 @@ def _merge(disk: Disk, index: int, inside: int, part: memoryview) -> Operation[N
             disk.put_page(index, bytes(merged))
             return
     finally:
-        flags.remove(flag)
+        # By identity: `remove` would take another's flag that has the same value, and nobody would tell that other.
+        flags[:] = [each for each in flags if each is not flag]
         if not flags:
             disk.merging.pop(cluster, None)
 

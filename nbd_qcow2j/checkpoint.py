@@ -121,10 +121,24 @@ def round_(
                     left = _no_loss(error)
                     held.abandon(cluster)
                     disk.pending.postpone(cluster)
+        try:
+            yield from _write_home(disk, going, home)
+        except OSError as error:
+            left = _no_loss(error)
+            # One of them lies in a hole of the host file, perhaps: the others need no room. Each by itself.
+            together, going = going, []
+            for each in together:
+                try:
+                    yield from _write_home(disk, [each], {})
+                    going.append(each)
+                except OSError as alone:
+                    left = _no_loss(alone)
+                    held.abandon(each.cluster)
+                    disk.pending.postpone(each.cluster)
+            yield from _write_home(disk, [], home)
         if left is not None and not going and not passable:
             log.starve(left)
             return False
-        yield from _write_home(disk, going, home)
         if going or home:
             mark = log.data_counter
             try:

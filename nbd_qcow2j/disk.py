@@ -211,7 +211,7 @@ class Disk:
         return (table, entry) if not entry or (entry & OFLAG_COPIED and not entry & self._not_plain) else (None, 0)
 
     def read_into(self, view: memoryview, offset: int) -> Operation[None]:
-        """Fill `view` from guest offset `offset`. Raises ImageError, OSError."""
+        """Fill `view` from guest offset `offset`. Raises ImageError, ReadFailed."""
         epoch = self.epochs.enter()
         try:
             size = self.geometry.cluster_size
@@ -494,7 +494,7 @@ class Disk:
         yield from self.log.commit_upto(self.log.last_number())
 
     def extents(self, offset: int, length: int) -> Operation[list[Extent]]:
-        """What a range holds: data, allocated or not; zeros. Raises ImageError, OSError."""
+        """What a range holds: data, allocated or not; zeros. Raises ImageError, ReadFailed."""
         found: list[Extent] = []
         size = self.geometry.cluster_size
         end = offset + length

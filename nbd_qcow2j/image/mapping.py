@@ -64,7 +64,7 @@ class Mapping:
         return entry & OFFSET_MASK
 
     def load_l2(self, cluster: int) -> Operation[Table | None]:
-        """The L2 table of a guest cluster, None where there is none. Raises ImageError, OSError."""
+        """The L2 table of a guest cluster, None where there is none. Raises ImageError, ReadFailed."""
         while offset := self.l2_offset(cluster):
             table = yield from self.cache.load(offset, l2_table, what="L2 table")
             # It may have been copied elsewhere while it was read.

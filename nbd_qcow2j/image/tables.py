@@ -150,7 +150,7 @@ class TableCache:
         return self.tables.get(host_offset)
 
     def load(self, host_offset: int, make: Callable[[int, bytearray], Table], *, what: str) -> Operation[Table]:
-        """The table, read if need be. One read however many ask for it. Raises ImageError, OSError."""
+        """The table, read if need be. One read however many ask for it. Raises ImageError, ReadFailed."""
         while True:
             table = self.tables.get(host_offset)
             if table is not None:
