@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from .image.tables import Table
 
 
+NEIGHBOURS = 32
+
+
 def write(disk: Disk, data: Buffer, offset: int) -> Operation[None]:
     """Write `data` at guest offset `offset`.
 
@@ -106,7 +109,21 @@ def _learn_home(disk: Disk, cluster: int) -> Operation[bool]:
     if len(disk.own_homes) >= MAX_OWN_HOMES:
         disk.own_homes.clear()
     disk.own_homes[cluster] = entry & OFFSET_MASK
+    _learn_neighbours(disk, cluster)
     return True
+
+
+def _learn_neighbours(disk: Disk, cluster: int) -> None:
+    """In the same hold, what can be said of the clusters around without a wait: to learn each by itself costs more."""
+    bits, allocator = disk.geometry.cluster_bits, disk.allocator
+    first = cluster - cluster % NEIGHBOURS
+    for each in range(first, min(first + NEIGHBOURS, disk.geometry.clusters)):
+        table, entry = disk.find_own(each)
+        if table is None or not entry or each in disk.excluded or each in disk.own_homes:
+            continue
+        host = (entry & OFFSET_MASK) >> bits
+        if allocator.block(host) is not None and allocator.refcount(host) == 1 and not allocator.overlaps.what(host):
+            disk.own_homes[each] = entry & OFFSET_MASK
 
 
 def write_pending(disk: Disk, offset: int, view: memoryview) -> Operation[None]:

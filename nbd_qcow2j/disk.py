@@ -374,7 +374,11 @@ class Disk:
             return False
         if cluster not in pending.clusters:
             if self.find_contiguous(offset, length) < 0:
-                self.allocated_in = running.number
+                if self.mapping.in_memory(cluster):
+                    self.allocated_in = running.number
+                elif self.prefers_in_place():
+                    # Whether it has a home says a table that is not in memory.
+                    return False
             elif cluster not in self.own_homes:
                 prefers = self.prefers_in_place()
                 self._overwrites += 1

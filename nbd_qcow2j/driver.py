@@ -26,7 +26,7 @@ from .image.backing import Extent, open_backing
 from .locks import READER, WRITER
 from .opening import detach, open_disk, read_header
 from .options import Options
-from .steps import Buffer, Operation, Pause, Step, Sync, Wait, run_simply
+from .steps import Batch, Buffer, Operation, Pause, Step, Sync, Wait, run_simply
 from .storage import FileStorage, Storage
 from .writer import Writer
 
@@ -58,7 +58,7 @@ class Runner:
         return self._run(operation, self._perform)
 
     def run_in_background(self, operation: Operation[T]) -> T:
-        """As `run`; its steps are done on other CPUs: an fdatasync computes much, and nobody waits for it."""
+        """As `run`; its long steps are done on other CPUs: an fdatasync computes much, and nobody waits for it."""
         return self._run(operation, self._perform_apart if self.apart else self._perform)
 
     def _perform(self, step: Step) -> Any:
@@ -74,7 +74,8 @@ class Runner:
         return step.perform()
 
     def _perform_apart(self, step: Step) -> Any:
-        if isinstance(step, Pause):
+        # To change the CPU costs as much as a short step.
+        if not isinstance(step, Sync | Batch):
             return self._perform(step)
         os.sched_setaffinity(0, self.apart)
         try:
