@@ -15,10 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from mutations import MUTATIONS, Mutation, apply
+from mutations import MUTATIONS, PACKAGE, Mutation, apply
 
 TESTS = Path(__file__).resolve().parent
-FILES = ["test_rules.py", "test_regressions.py", "test_interleavings.py", "test_stateful.py", "test_crash.py"]
+FILES = [
+    "test_rules.py", "test_regressions.py", "test_protocol_holes.py", "test_interleavings.py", "test_stateful.py",
+    "test_in_place.py", "test_crash.py",
+]  # fmt: skip
 """Those that are there, in this order."""
 LIMIT_SECONDS = 400
 
@@ -45,6 +48,11 @@ def catcher(mutation: Mutation, directory: Path) -> tuple[str | None, float]:
         printed = ""
     found = re.search(r"^(?:FAILED|ERROR) \S*?(test_\w+\.py.*?)(?: - |$)", printed, re.MULTILINE)
     return found and found[1], time.monotonic() - started
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_a_mutation_is_of_a_line_that_is_there(mutation: Mutation) -> None:
+    assert (PACKAGE / mutation.file).read_text().count(mutation.old) == 1
 
 
 def test_a_mutation_is_imported_where_the_tests_look(tmp_path: Path) -> None:
