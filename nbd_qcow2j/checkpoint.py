@@ -39,7 +39,7 @@ BATCH_PAGES = 256
 4 KiB random writes, depth 16, flush every 32: 99th percentile of a flush 3.9 ms with 64 clusters a round, 5.5 to 6.3
 with 256."""
 HOLD_CLUSTERS = 16
-"""Clusters that are prepared, or linked, in one hold of the lock: some 300 us, for which a flush may have to wait."""
+"""Clusters that are prepared, or linked, in one hold of the lock: some 100 us, for which a flush may have to wait."""
 PAUSE = Pause()
 
 
@@ -223,7 +223,7 @@ def _prepare_simply(disk: Disk, held: Prepared, cluster: int) -> _Going | None:
     """As `_prepare`, for what is most common and needs no wait; None where it takes more.
 
     That is: the L2 table is ours, healthy and in memory; the cluster is unallocated with nothing beneath it that
-    shows, or ours alone; no page is zero; the refcount block is in memory. In 6 us where `_prepare` takes 30.
+    shows, or ours alone; no page is zero; the refcount block is in memory.
     """
     pages = disk.pending.clusters[cluster]
     table, entry = disk.find_own(cluster)
