@@ -9,6 +9,7 @@
     5  write the header slot with the new tail, synchronously; then the space may be used again
 
     Crash in 1 to 3: the new clusters have refcount zero; sectors at home are those of the journal.
+        A page written over a cluster that is ours alone is in the journal as well, or was not flushed.
     Crash after 4: the journal's records are replayed until the links are committed.
     Crash in 5: the slot is torn or old; the other one holds, and everything it needs is still in the ring.
 
