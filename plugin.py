@@ -44,6 +44,7 @@ cleanup = adapter.cleanup
 list_exports = adapter.list_exports
 default_export = adapter.default_export
 open = adapter.open_connection
+close = adapter.close_connection
 export_description = adapter.export_description
 get_size = adapter.get_size
 block_size = adapter.block_size

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+from _thread import get_ident
 from time import perf_counter_ns
 from typing import Any, NoReturn
 
@@ -30,6 +31,7 @@ from .errors import Error
 from .lifecycle import SocketFile, StartGuard, Stopper, share_cpu
 from .metrics import MetricsServer, start_metrics
 from .options import UNITS, Options, describe_options, parse_options
+from .thread_state import connection_closes, connection_opens, keep, kept
 
 # The errnos that NBD can tell a client apart; anything else is EIO.
 _TOLD = frozenset(
@@ -233,7 +235,13 @@ def open_connection(readonly: bool) -> Device:
     """The handle of a connection: the device."""
     if _device is None:
         raise _refusal(Error("the server is closing")) from None
+    connection_opens()
     return _device
+
+
+def close_connection(device: Device) -> None:
+    """The client is gone, and no request of its is left."""
+    connection_closes()
 
 
 def export_description(device: Device) -> str:
@@ -309,6 +317,8 @@ def can_multi_conn(device: Device) -> bool:
 def pread(device: Device, buffer: Any, offset: int, flags: int) -> None:
     """Fill nbdkit's buffer."""
     started = perf_counter_ns()
+    if get_ident() not in kept:
+        keep()
     try:
         device.read_into(buffer, offset)
     except BaseException as error:
@@ -319,6 +329,8 @@ def pread(device: Device, buffer: Any, offset: int, flags: int) -> None:
 def pwrite(device: Device, buffer: Any, offset: int, flags: int) -> None:
     """Write nbdkit's buffer, which is used again for the next request: what is kept of it is copied."""
     started = perf_counter_ns()
+    if get_ident() not in kept:
+        keep()
     try:
         device.write(buffer, offset, (flags & _FUA) != 0)
     except BaseException as error:
@@ -329,6 +341,8 @@ def pwrite(device: Device, buffer: Any, offset: int, flags: int) -> None:
 def flush(device: Device, flags: int) -> None:
     """Return when everything that was answered before is durable."""
     started = perf_counter_ns()
+    if get_ident() not in kept:
+        keep()
     try:
         device.flush()
     except BaseException as error:
@@ -339,6 +353,8 @@ def flush(device: Device, flags: int) -> None:
 def trim(device: Device, count: int, offset: int, flags: int) -> None:
     """The content of the range is no longer of interest."""
     started = perf_counter_ns()
+    if get_ident() not in kept:
+        keep()
     try:
         device.trim(offset, count, fua=(flags & _FUA) != 0)
     except BaseException as error:
@@ -349,6 +365,8 @@ def trim(device: Device, count: int, offset: int, flags: int) -> None:
 def zero(device: Device, count: int, offset: int, flags: int) -> None:
     """The range reads as zeros."""
     started = perf_counter_ns()
+    if get_ident() not in kept:
+        keep()
     try:
         device.write_zeroes(
             offset,
@@ -365,6 +383,8 @@ def zero(device: Device, count: int, offset: int, flags: int) -> None:
 def cache(device: Device, count: int, offset: int, flags: int) -> None:
     """The range will be read soon."""
     started = perf_counter_ns()
+    if get_ident() not in kept:
+        keep()
     try:
         device.cache(offset, count)
     except BaseException as error:
@@ -379,6 +399,8 @@ def extents(device: Device, count: int, offset: int, flags: int) -> list[tuple[i
     nothing at all, and would not copy it.
     """
     started = perf_counter_ns()
+    if get_ident() not in kept:
+        keep()
     found = []
     position = offset
     try:
