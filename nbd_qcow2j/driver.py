@@ -26,7 +26,7 @@ from .image.backing import Extent, open_backing
 from .locks import READER, WRITER
 from .opening import detach, open_disk, read_header
 from .options import Options
-from .steps import Batch, Buffer, Operation, Pause, Step, Sync, Wait, run_simply
+from .steps import Buffer, Operation, Pause, Step, Sync, Wait, run_simply
 from .storage import FileStorage, Storage
 from .writer import Writer
 
@@ -45,45 +45,9 @@ class Runner:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.fsyncs = Histogram()
-        self.apart: frozenset[int] = frozenset()
-        """CPUs for the steps of background operations; the threads that compute share one (lifecycle.py)."""
-        self._shared: set[int] = set()
-
-    def use_apart(self, cpus: frozenset[int]) -> None:
-        """Let background steps run on these CPUs. Called on the CPU that all threads share."""
-        self.apart, self._shared = cpus, os.sched_getaffinity(0)
 
     def run(self, operation: Operation[T]) -> T:
         """Run an operation to its end in this thread. Raises what it raises."""
-        return self._run(operation, self._perform)
-
-    def run_in_background(self, operation: Operation[T]) -> T:
-        """As `run`; its long steps are done on other CPUs: an fdatasync computes much, and nobody waits for it."""
-        return self._run(operation, self._perform_apart if self.apart else self._perform)
-
-    def _perform(self, step: Step) -> Any:
-        if isinstance(step, Sync):
-            started = time.perf_counter_ns()
-            step.perform()
-            self.fsyncs.observe(time.perf_counter_ns() - started)
-            return None
-        if isinstance(step, Pause):
-            # Not zero: a thread that gives the interpreter lock away and takes it at once was never away.
-            time.sleep(PAUSE_SECONDS)
-            return None
-        return step.perform()
-
-    def _perform_apart(self, step: Step) -> Any:
-        # To change the CPU costs as much as a short step.
-        if not isinstance(step, Sync | Batch):
-            return self._perform(step)
-        os.sched_setaffinity(0, self.apart)
-        try:
-            return self._perform(step)
-        finally:
-            os.sched_setaffinity(0, self._shared)
-
-    def _run(self, operation: Operation[T], perform: Callable[[Step], Any]) -> T:
         lock = self.lock
         result: Any = None
         failure: BaseException | None = None
@@ -106,7 +70,7 @@ class Runner:
                     continue
                 lock.release()
                 try:
-                    result = perform(step)
+                    result = self._perform(step)
                 except BaseException as error:
                     # All of them: an operation that is dropped instead would give back what it holds when it is
                     # collected, without the lock, and a commit would leave those who wait for it for ever.
@@ -115,6 +79,18 @@ class Runner:
                     lock.acquire()
         finally:
             lock.release()
+
+    def _perform(self, step: Step) -> Any:
+        if isinstance(step, Sync):
+            started = time.perf_counter_ns()
+            step.perform()
+            self.fsyncs.observe(time.perf_counter_ns() - started)
+            return None
+        if isinstance(step, Pause):
+            # Not zero: a thread that gives the interpreter lock away and takes it at once was never away.
+            time.sleep(PAUSE_SECONDS)
+            return None
+        return step.perform()
 
 
 class Device:
@@ -150,11 +126,10 @@ class Device:
     # ---- life
 
     def start(self, apart: frozenset[int] = frozenset()) -> None:
-        """Start the writer: after the fork, a thread started earlier would be lost. `apart`: CPUs for its I/O."""
+        """Start the writer: after the fork, a thread started earlier would be lost. `apart`: CPUs for its threads."""
         if not self.read_only and self._writer is None:
-            self._runner.use_apart(apart)
             self._writer = Writer(
-                self.disk, self._runner.run_in_background, self.options, self._checkpoint_seconds.observe
+                self.disk, self._runner.run, self.options, self._checkpoint_seconds.observe, cpus=apart
             )
             self.disk.log.on_pressure = self._writer.wake_checkpoint
             self._writer.start()
