@@ -19,16 +19,17 @@ import sys
 import threading
 import time
 import traceback
-from _thread import get_ident
+from _thread import get_ident, get_native_id
 from time import perf_counter_ns
 from typing import Any, NoReturn
 
 import nbdkit
 
 from .counters import OperationCounters
+from .cpus import Cpus
 from .driver import Device, open_device
 from .errors import Error
-from .lifecycle import SocketFile, StartGuard, Stopper, share_cpu
+from .lifecycle import SocketFile, StartGuard, Stopper
 from .metrics import MetricsServer, start_metrics
 from .options import UNITS, Options, describe_options, parse_options
 from .thread_state import connection_closes, connection_opens, keep, kept
@@ -114,6 +115,7 @@ _device: Device | None = None
 _metrics: MetricsServer | None = None
 _socket_file = SocketFile(None)
 _start_guard = StartGuard()
+_cpus: Cpus
 _closing = threading.Lock()
 
 
@@ -160,11 +162,12 @@ def get_ready() -> None:
 
 def after_fork() -> None:
     """Start the threads, in the process that stays."""
-    global _socket_file
+    global _socket_file, _cpus
     assert _device is not None
     _start_guard.disarm()
     try:
-        _device.start(share_cpu(_options.cpu))
+        _cpus = Cpus(_options.cpu, OPERATIONS.values())
+        _device.start(_cpus.apart)
         if _metrics is not None:
             _metrics.serve(_device.statistics, OPERATIONS, in_flight)
         _socket_file = SocketFile(_options.remove_socket)
@@ -311,6 +314,12 @@ def can_multi_conn(device: Device) -> bool:
     return True
 
 
+def _join() -> None:
+    """The first request that this thread answers."""
+    if keep():
+        _cpus.joined(get_native_id())
+
+
 # ---- Requests ---------------------------------------------------------------------------------------
 
 
@@ -318,7 +327,7 @@ def pread(device: Device, buffer: Any, offset: int, flags: int) -> None:
     """Fill nbdkit's buffer."""
     started = perf_counter_ns()
     if get_ident() not in kept:
-        keep()
+        _join()
     try:
         device.read_into(buffer, offset)
     except BaseException as error:
@@ -330,7 +339,7 @@ def pwrite(device: Device, buffer: Any, offset: int, flags: int) -> None:
     """Write nbdkit's buffer, which is used again for the next request: what is kept of it is copied."""
     started = perf_counter_ns()
     if get_ident() not in kept:
-        keep()
+        _join()
     try:
         device.write(buffer, offset, (flags & _FUA) != 0)
     except BaseException as error:
@@ -342,7 +351,7 @@ def flush(device: Device, flags: int) -> None:
     """Return when everything that was answered before is durable."""
     started = perf_counter_ns()
     if get_ident() not in kept:
-        keep()
+        _join()
     try:
         device.flush()
     except BaseException as error:
@@ -354,7 +363,7 @@ def trim(device: Device, count: int, offset: int, flags: int) -> None:
     """The content of the range is no longer of interest."""
     started = perf_counter_ns()
     if get_ident() not in kept:
-        keep()
+        _join()
     try:
         device.trim(offset, count, fua=(flags & _FUA) != 0)
     except BaseException as error:
@@ -366,7 +375,7 @@ def zero(device: Device, count: int, offset: int, flags: int) -> None:
     """The range reads as zeros."""
     started = perf_counter_ns()
     if get_ident() not in kept:
-        keep()
+        _join()
     try:
         device.write_zeroes(
             offset,
@@ -384,7 +393,7 @@ def cache(device: Device, count: int, offset: int, flags: int) -> None:
     """The range will be read soon."""
     started = perf_counter_ns()
     if get_ident() not in kept:
-        keep()
+        _join()
     try:
         device.cache(offset, count)
     except BaseException as error:
@@ -400,7 +409,7 @@ def extents(device: Device, count: int, offset: int, flags: int) -> list[tuple[i
     """
     started = perf_counter_ns()
     if get_ident() not in kept:
-        keep()
+        _join()
     found = []
     position = offset
     try:

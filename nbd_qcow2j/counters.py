@@ -7,12 +7,14 @@ every request more than the counter does.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 
 BOUNDS_SECONDS = (
     0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0,
 )  # fmt: skip
 _BOUNDS_NS = tuple(int(bound * 1e9) for bound in BOUNDS_SECONDS)
+MANY = 256
 BOUNDS_PAGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -48,9 +50,11 @@ class Histogram:
 class OperationCounters:
     """Requests of one kind."""
 
-    __slots__ = ("buckets", "bytes", "errors", "requests", "sum_ns")
+    __slots__ = ("buckets", "bytes", "errors", "on_many", "requests", "sum_ns")
 
     def __init__(self) -> None:
+        self.on_many: Callable[[], object] = lambda: None
+        """Called after every MANY requests."""
         self.requests = self.bytes = self.errors = self.sum_ns = 0
         self.buckets = [0] * (len(_BOUNDS_NS) + 1)
 
@@ -60,6 +64,8 @@ class OperationCounters:
         self.bytes += length
         self.sum_ns += nanoseconds
         self.buckets[bisect_left(_BOUNDS_NS, nanoseconds)] += 1
+        if not self.requests % MANY:
+            self.on_many()
 
     def snapshot(self) -> Snapshot:
         return Snapshot(BOUNDS_SECONDS, tuple(self.buckets), self.sum_ns * 1e-9)

@@ -1,4 +1,4 @@
-"""How the server runs and ends: its CPU, its signals, its clients' connections, its socket file.
+"""How the server ends: its signals, its clients' connections, its socket file.
 
 **Stopping.** On a signal nbdkit stops accepting, and each of its threads ends after one more request: an idle
 `/dev/nbd0` would keep it, and the journal attached, for ever. So the signal comes to us:
@@ -28,42 +28,12 @@ import os
 import signal
 import socket
 import stat
-import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 
 GRACE_SECONDS = 1.0
 # How long nothing may have arrived on a connection for it to be idle: between two looks.
 SWEEP_SECONDS = 0.05
-
-# Threads that share the interpreter lock gain nothing from a second core and lose much by the lock's travels
-# between two. 4 KiB reads a second through a plugin that does only preadv, nbdkit -t 1, 2, 4, 8, 16, on two
-# cores, fio's nbd engine on one connection: depth 16 wandering 45k, 26k, 27k, -, 21k; on one core 57k, 44k,
-# 55k, 53k, 51k; depth 1 13k to 15k against 14k to 17k. Four connections at depth 4, -t 4: 18k against 36k,
-# with -t 8 42k to 51k. Large reads lose nothing (256 KiB, depth 16: 11.5k against 12.3k to 13.0k).
-# How long a thread may compute before another gets the interpreter lock. With a thread that computes for 2 ms
-# in every 6, 0.5 ms, 1 ms and Python's 5 ms serve the same number of reads (41k to 43k), 0.1 ms fewer; the
-# shortest of the three bounds best how long a read waits for the writer.
-SWITCH_INTERVAL_SECONDS = 0.0005
-
-
-def share_cpu(cpu: int | str) -> frozenset[int]:
-    """Put this thread, and so every thread it starts, on one CPU: `auto` takes one, `any` leaves it be.
-
-    Returns the other CPUs that this process may use: for who waits for the disk without the interpreter lock.
-    """
-    sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
-    if cpu == "any":
-        return frozenset()
-    allowed = os.sched_getaffinity(0)
-    if not isinstance(cpu, int):
-        cpu = sorted(allowed)[os.getpid() % len(allowed)]
-    # What a container's limits forbid is no reason not to serve.
-    try:
-        os.sched_setaffinity(0, {cpu})
-    except OSError:
-        return frozenset()
-    return frozenset(allowed - {cpu})
 
 
 def _sockets() -> Iterator[socket.socket]:

@@ -220,7 +220,7 @@ class Options:
     cpu: int | str = _option(
         "auto",
         _Kind("auto|any|N", _parse_cpu, str),
-        "the CPU that all threads share: auto takes one, any lets them wander, which halves small reads",
+        "the CPU that answers requests: auto is one while they queue and any while they do not; any is never one",
     )
     remove_socket: str | None = _option(
         None,

@@ -13,7 +13,7 @@ connection, when it closes it, for that one may outlive the interpreter.
 from __future__ import annotations
 
 import ctypes
-from _thread import get_ident
+from _thread import get_ident, get_native_id
 
 _LOCKED = 0
 """PyGILState_LOCKED: the lock was held before and stays held."""
@@ -22,15 +22,15 @@ _ensure = ctypes.pythonapi.PyGILState_Ensure
 _release = ctypes.pythonapi.PyGILState_Release
 _release.argtypes, _release.restype = (ctypes.c_int,), None
 
-kept: set[int] = set()
-"""Identifiers of the threads whose state is kept: who looks here first spares itself the call of `keep`."""
+kept: dict[int, int] = {}
+"""Threads whose state is kept, by identifier, with the kernel's: who looks here first spares itself `keep`."""
 _opening: set[int] = set()
 """Those that have opened a connection and not closed it."""
 
 
 def _leave(_: int | None = None) -> None:
     if get_ident() in kept:
-        kept.discard(get_ident())
+        del kept[get_ident()]
         # Not the outermost: the callback that we are in has a pair of its own, and its release ends the state.
         _release(_LOCKED)
 
@@ -43,13 +43,14 @@ _at_thread_end = getattr(ctypes.CDLL(None), "__cxa_thread_atexit_impl", None)
 _library = ctypes.cast(_ensure, ctypes.c_void_p)
 
 
-def keep() -> None:
-    """Keep the state of this thread, which Python did not start."""
+def keep() -> bool:
+    """Keep the state of this thread, which Python did not start. False where it cannot be."""
     thread = get_ident()
     if thread not in _opening and (_at_thread_end is None or _at_thread_end(_thread_ends, None, _library) != 0):
-        return
+        return False
     _ensure()
-    kept.add(thread)
+    kept[thread] = get_native_id()
+    return True
 
 
 def connection_opens() -> None:

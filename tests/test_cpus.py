@@ -1,0 +1,136 @@
+"""cpus.py: threads share a CPU while requests queue, and only then."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from nbd_qcow2j import cpus, thread_state
+from nbd_qcow2j.counters import MANY, OperationCounters
+from nbd_qcow2j.cpus import ALONE_NS, LOOK_NS, QUEUED_NS, Cpus
+
+ALL = {0, 1, 2, 3}
+THREADS = {1001: 1, 1002: 2}
+
+
+class Machine:
+    """Four CPUs, a clock, and where each thread was put."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.placed: dict[int, set[int]] = {}
+        self.calls = 0
+
+    def setaffinity(self, thread: int, allowed: set[int]) -> None:
+        self.calls += 1
+        if thread == 2:
+            raise ProcessLookupError(3, "No such process")
+        self.placed[thread] = set(allowed)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    it = Machine()
+    monkeypatch.setattr(cpus, "perf_counter_ns", lambda: it.now)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(ALL))
+    monkeypatch.setattr(os, "sched_setaffinity", it.setaffinity)
+    monkeypatch.setattr(os, "getpid", lambda: 0)
+    monkeypatch.setattr(cpus.sys, "setswitchinterval", lambda _: None)
+    monkeypatch.setattr(cpus, "_quiet", lambda allowed: 2)
+    monkeypatch.setattr(thread_state, "kept", THREADS)
+    monkeypatch.setattr(cpus, "kept", THREADS)
+    return it
+
+
+def load(machine: Machine, counters: OperationCounters, *, busy: int, between: int, looks: int = 1) -> None:
+    """Requests that take `busy` ns each, and `between` from the end of one to the start of the next."""
+    for _ in range(looks * (LOOK_NS // ((busy + between) * MANY) + 1) * MANY):
+        machine.now += busy + between
+        counters.observe(4096, busy)
+
+
+def test_threads_gather_while_requests_queue_and_part_when_they_do_not(machine: Machine) -> None:
+    reads, writes = OperationCounters(), OperationCounters()
+    it = Cpus("auto", [reads, writes])
+    assert it.apart == {0, 1, 3}
+    load(machine, reads, busy=5_000, between=QUEUED_NS - 1_000)
+    assert it.gathered and machine.placed == {1: {2}}, "a thread that has ended is no error"
+    # Between the bounds nothing changes: no thread is moved at every look.
+    calls = machine.calls
+    load(machine, writes, busy=5_000, between=(QUEUED_NS + ALONE_NS) // 2, looks=3)
+    assert it.gathered and machine.calls == calls
+    load(machine, writes, busy=5_000, between=ALONE_NS + 1_000, looks=2)
+    assert not it.gathered and machine.placed == {1: ALL}
+    load(machine, reads, busy=5_000, between=(QUEUED_NS + ALONE_NS) // 2, looks=3)
+    assert not it.gathered and machine.placed == {1: ALL}
+
+
+def test_calls_that_overlap_are_a_queue_however_long_they_are(machine: Machine) -> None:
+    reads = OperationCounters()
+    it = Cpus("auto", [reads])
+    for _ in range(2 * MANY):
+        machine.now += 200_000
+        reads.observe(4096, 700_000)
+    assert it.gathered
+
+
+def test_a_long_flush_of_one_client_is_no_queue(machine: Machine) -> None:
+    flushes = OperationCounters()
+    it = Cpus("auto", [flushes])
+    load(machine, flushes, busy=200_000, between=25_000, looks=3)
+    assert not it.gathered
+
+
+def test_a_thread_that_joins_is_put_where_the_others_are(machine: Machine) -> None:
+    reads = OperationCounters()
+    it = Cpus("auto", [reads])
+    it.joined(7)
+    assert 7 not in machine.placed
+    load(machine, reads, busy=5_000, between=0)
+    it.joined(7)
+    assert machine.placed[7] == {2}
+
+
+@pytest.mark.parametrize(("cpu", "placed", "apart"), [("any", {}, set()), (1, {0: {1}}, {0, 2, 3})])
+def test_what_is_asked_for_is_done_once(machine: Machine, cpu: int | str, placed: Any, apart: set[int]) -> None:
+    reads = OperationCounters()
+    it = Cpus(cpu, [reads])
+    load(machine, reads, busy=5_000, between=0, looks=3)
+    assert machine.placed == placed and it.apart == apart and not it.gathered
+
+
+INTERRUPTS = """           CPU0       CPU2       CPU5
+  1:        900          0          0   IO-APIC   1-edge      i8042
+ 36:          0        100   27224455   PCI-MSIX-0000:00:02.0   1-edge      virtio1-req.0
+LOC:          0   99999999          0   Local timer interrupts
+"""
+
+
+@pytest.mark.parametrize(
+    ("allowed", "text", "chosen"),
+    [
+        ({0, 2, 5}, INTERRUPTS, 2),
+        ({0, 5}, INTERRUPTS, 0),
+        ({5}, INTERRUPTS, 5),
+        ({0, 5}, "", 0),
+        ({0, 5}, "nonsense\n1: x\n", 0),
+    ],
+)
+def test_the_quiet_cpu(monkeypatch: pytest.MonkeyPatch, allowed: set[int], text: str, chosen: int) -> None:
+    opened: Callable[..., Any] = lambda *_, **__: io.StringIO(text)  # noqa: E731
+    monkeypatch.setattr("builtins.open", opened)
+    assert cpus._quiet(allowed) == chosen
+
+
+def test_servers_share_the_quiet_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "CPU0 CPU1 CPU2 CPU3\n1: 9 1 2 8 chip\n"
+    monkeypatch.setattr("builtins.open", lambda *_, **__: io.StringIO(text))
+    found = set()
+    for pid in range(10):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        found.add(cpus._quiet(ALL))
+    assert found == {1, 2}
