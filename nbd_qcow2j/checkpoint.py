@@ -21,12 +21,14 @@ anything that it needs itself. A full ring always drains.
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .changes import Prepared
 from .errors import NO_ROOM, Error, ImageError, RequestError
 from .format.tables import OFFSET_MASK
+from .geometry import SECTOR
 from .pending import Page
 from .steps import Batch, Operation, Pause, Step, Sync, Wait, Write, WriteSync
 
@@ -41,6 +43,10 @@ BATCH_PAGES = 256
 with 256."""
 HOLD_CLUSTERS = 16
 """Clusters that are prepared, or linked, in one hold of the lock: some 100 us, for which a flush may have to wait."""
+GAP_BYTES = 16 << 10
+"""Clean sectors between two that go home which are written with them. 4 KiB random writes over 16 GiB, a flush each:
+nine in ten sectors went home by a call of their own, one in thirty does so, and what the disk gets is contiguous."""
+HOLD_SECTORS = 64
 PAUSE = Pause()
 
 
@@ -123,7 +129,8 @@ def round_(
                     held.abandon(cluster)
                     disk.pending.postpone(cluster)
         try:
-            yield from _write_home(disk, going, home)
+            gaps = yield from _clean_between(disk, home)
+            yield from _write_home(disk, going, home, gaps)
         except OSError as error:
             left = _no_loss(error)
             # One of them lies in a hole of the host file, perhaps: the others need no room. Each by itself.
@@ -332,11 +339,36 @@ def _find(disk: Disk, held: Prepared, going: _Going, *, whole: bool) -> tuple[in
         return 0, 0
 
 
-def _write_home(disk: Disk, going: list[_Going], home: dict[int, tuple[bytes, int]]) -> Operation[None]:
+def _clean_between(disk: Disk, home: dict[int, tuple[bytes, int]]) -> Operation[list[tuple[int, bytes]]]:
+    """(host offset, content) of what lies between two sectors that go home, in one table, and is at home already.
+
+    Crash: whatever part of it is written, it is what was there.
+    """
+    log, tables, size = disk.log, disk.cache.tables, disk.cache.table_size
+    found: list[tuple[int, bytes]] = []
+    end = -1
+    for number, offset in enumerate(sorted(home)):
+        if not number % HOLD_SECTORS:
+            if number:
+                yield PAUSE
+            # What is not committed is in memory only, and must not come home before its transaction is.
+            uncommitted = {*log.running.sectors, *(log.committing.sectors if log.committing is not None else ())}
+        if end < offset <= end + GAP_BYTES and end // size == offset // size:
+            table = tables.get(offset - offset % size)
+            if table is not None and uncommitted.isdisjoint(range(end, offset, SECTOR)):
+                found.append((end, table.sector_bytes(end, offset - end)))
+        end = offset + SECTOR
+    return found
+
+
+def _write_home(
+    disk: Disk, going: list[_Going], home: dict[int, tuple[bytes, int]], gaps: Sequence[tuple[int, bytes]] = ()
+) -> Operation[None]:
     """Everything in host order, what is contiguous in one call."""
     writes: list[tuple[int, bytes | bytearray]] = [each for one in going for each in one.writes]
     # The *committed* copy of a sector goes home, never the live table: that holds what is not committed.
     writes += [(offset, entry[0]) for offset, entry in home.items()]
+    writes += gaps
     writes.sort(key=lambda each: each[0])
     start, end = -1, -1
     buffers: list[bytes | bytearray] = []

@@ -129,6 +129,16 @@ MUTATIONS = [
         late[:] = [(block, index)]
 """,
     ),
+    # ---- metadata goes home
+    Mutation(
+        "what lies between two sectors goes home whatever it is", "only what is committed goes home", "checkpoint.py",
+        "if table is not None and uncommitted.isdisjoint(range(end, offset, SECTOR)):", "if table is not None:",
+    ),
+    Mutation(
+        "what is being committed goes home", "only what is committed goes home", "checkpoint.py",
+        "{*log.running.sectors, *(log.committing.sectors if log.committing is not None else ())}",
+        "set(log.running.sectors)",
+    ),
     # ---- home elsewhere
     Mutation(
         "no host revoke of a moved refcount table", "freed metadata is revoked", "image/allocator.py",

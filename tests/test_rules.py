@@ -26,6 +26,8 @@ from nbd_qcow2j.steps import Operation, Read, ReadInto, Step, Sync, Write, Write
 
 ROOMY = Shape(PAGES.options, PAGES.size, journal=1 << 18)
 """Credits for several operations at once."""
+LONG = Shape(PAGES.options, 1 << 20, journal=1 << 18)
+"""An L2 table of which three sectors are used."""
 
 
 def cut(stage: Stage) -> None:
@@ -355,6 +357,38 @@ def test_a_slow_reader_keeps_a_freed_cluster() -> None:
         run_simply(operation)
         stage.watch.check(stepper.tasks)
     finish(stage, stepper)
+
+
+# ---- metadata that goes home
+
+
+@pytest.mark.parametrize("between", ["clean", "running", "committing"])
+def test_what_lies_between_two_sectors_goes_home_with_them_unless_it_is_not_committed(between: str) -> None:
+    # One L2 table: its first sector has entries 0 to 63, its second 64 to 127, its third 128 to 191.
+    stage = Stage(LONG)
+    stage.do(stage.write(0, 8), stage.write(128 * 8, 8))
+    stage.home()
+    home = stage.disk.mapping.l2_offset(0)
+    stage.do(stage.trim(0, 8), stage.trim(128 * 8, 8), stage.flush())
+    stepper = None
+    if between != "clean":
+        stage.do(stage.write(64 * 8, 8))
+    if between == "committing":
+        stepper, _ = upto(stage, stage.flush(), WriteSync)
+    assert set(stage.disk.log.home) >= {home, home + 1024} and home + 512 not in stage.disk.log.home
+    seen = len(stage.sim.history)
+    run_simply(stage.round())
+    assert not stage.disk.log.home
+    written = [(each.offset, each.length) for each in stage.sim.history[seen:] if each.kind == "write"]
+    if between == "clean":
+        assert (home, 1536) in written
+    else:
+        assert {(home, 512), (home + 1024, 512)} <= set(written)
+    cut(stage)
+    if stepper is not None:
+        finish(stage, stepper)
+    stage.home()
+    cut(stage)
 
 
 # ---- freed metadata

@@ -43,9 +43,10 @@ class Table:
         """Host offset of the sector that holds an entry."""
         return self.host_offset + (index >> 6) * SECTOR
 
-    def sector_bytes(self, host_offset: int) -> bytes:
+    def sector_bytes(self, host_offset: int, length: int = SECTOR) -> bytes:
+        """What lies at a host offset in the table: one sector, or as many whole ones as `length` bytes take."""
         first = (host_offset - self.host_offset) >> 3
-        return table_to_bytes(self.entries[first : first + 64])
+        return table_to_bytes(self.entries[first : first + (length >> 3)])
 
     def to_bytes(self) -> bytes:
         return table_to_bytes(self.entries)
@@ -68,9 +69,9 @@ class RefcountBlock(Table):
     def sector_of(self, index: int) -> int:
         return self.host_offset + ((index << self.order >> 3) & -SECTOR)
 
-    def sector_bytes(self, host_offset: int) -> bytes:
+    def sector_bytes(self, host_offset: int, length: int = SECTOR) -> bytes:
         first = host_offset - self.host_offset
-        return bytes(self.data[first : first + SECTOR])
+        return bytes(self.data[first : first + length])
 
     def to_bytes(self) -> bytes:
         return bytes(self.data)
@@ -120,7 +121,7 @@ class HeaderSector(Table):
     def length(self) -> int:
         return SECTOR
 
-    def sector_bytes(self, host_offset: int) -> bytes:
+    def sector_bytes(self, host_offset: int, length: int = SECTOR) -> bytes:
         return self.data
 
 
