@@ -167,7 +167,7 @@ def after_fork() -> None:
     _start_guard.disarm()
     try:
         _cpus = Cpus(_options.cpu, OPERATIONS.values())
-        _device.start(_cpus.apart)
+        _device.start(_cpus.in_background)
         if _metrics is not None:
             _metrics.serve(_device.statistics, OPERATIONS, in_flight)
         _socket_file = SocketFile(_options.remove_socket)

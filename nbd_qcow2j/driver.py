@@ -125,11 +125,14 @@ class Device:
 
     # ---- life
 
-    def start(self, apart: frozenset[int] = frozenset()) -> None:
-        """Start the writer: after the fork, a thread started earlier would be lost. `apart`: CPUs for its threads."""
+    def start(self, begin: Callable[[], object] = lambda: None) -> None:
+        """Start the writer: after the fork, a thread started earlier would be lost.
+
+        `begin` is called by its threads before each thing they do (cpus.py).
+        """
         if not self.read_only and self._writer is None:
             self._writer = Writer(
-                self.disk, self._runner.run, self.options, self._checkpoint_seconds.observe, cpus=apart
+                self.disk, self._runner.run, self.options, self._checkpoint_seconds.observe, begin
             )
             self.disk.log.on_pressure = self._writer.wake_checkpoint
             self._writer.start()

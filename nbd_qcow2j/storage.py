@@ -184,7 +184,7 @@ class FileStorage:
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
         if len(buffers) == 1:
             # The way of every small write: one call, which is never short but on a full disk.
-            done, length = os.pwritev(self._fd, buffers, offset), memoryview(buffers[0]).nbytes
+            done, length = os.pwritev(self._fd, buffers, offset), _size(buffers[0])
             if done == length:
                 return
             offset, buffers = offset + done, _skip(buffers, done)
@@ -286,6 +286,12 @@ class FileStorage:
 
     def _pwrite_all(self, offset: int, buffers: Sequence[Buffer], flags: int) -> None:
         """pwritev in calls of at most MAX_BUFFERS buffers; a short one goes on where it stopped."""
+        if len(buffers) <= MAX_BUFFERS and (total := sum(map(_size, buffers))) <= MAX_BYTES:
+            # The way of every small commit.
+            done = os.pwritev(self._fd, buffers, offset, flags) if total else 0
+            if done == total:
+                return
+            offset, buffers = offset + done, _skip(buffers, done)
         for batch, length in _batches(buffers):
             rest, end = batch, offset + length
             while True:
@@ -309,12 +315,16 @@ class FileStorage:
         return True
 
 
+def _size(buffer: Buffer) -> int:
+    return buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)
+
+
 def _batches(buffers: Sequence[Buffer]) -> Iterator[tuple[list[Buffer], int]]:
     """The buffers in lists that one pwritev takes, each with its bytes; empty ones are left out."""
     batch: list[Buffer] = []
     length = 0
     for buffer in buffers:
-        size = memoryview(buffer).nbytes
+        size = _size(buffer)
         if not size:
             continue
         if batch and (len(batch) == MAX_BUFFERS or length + size > MAX_BYTES):

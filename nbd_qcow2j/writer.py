@@ -13,7 +13,6 @@ makes it, and a step that waited would keep `stop` waiting.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -83,13 +82,13 @@ class Writer:
 
     def __init__(
         self, disk: Disk, run: Callable[[Operation[Any]], Any], settings: Settings, observe: Callable[[int], object],
-        *, cpus: frozenset[int] = frozenset(),
+        begin: Callable[[], object] = lambda: None,
     ) -> None:  # fmt: skip
         self.disk, self.run, self.settings = disk, run, settings
         self.observe = observe
         """Told the nanoseconds of each round of the checkpoint."""
-        self._cpus = cpus
-        """Where to run, if not everywhere: apart from the threads that answer requests, which share a CPU."""
+        self.begin = begin
+        """Called in a worker thread before it works."""
         self._commit, self._checkpoint, self._room = _Bell(), _Bell(), _Bell()
         self._started = threading.Event()
         self._stopping = False
@@ -128,11 +127,6 @@ class Writer:
 
     def _main(self) -> None:
         try:
-            if self._cpus:
-                # trio's worker threads are started from here and stay here. All of them and wholly: to move a thread
-                # for its long steps alone cost 50 us each time; 4 KiB random writes, depth 16, flush every 32:
-                # longest flush 15 ms so, 6 ms apart.
-                os.sched_setaffinity(0, self._cpus)
             trio.run(self._tasks)
         except BaseException as error:
             self.run(_latch(self.disk, error))
@@ -164,7 +158,11 @@ class Writer:
 
     async def _step(self, operation: Operation[Any]) -> Any:
         # Not abandoned on cancel: what a step has begun on the disk must end before the journal is detached.
-        return await trio.to_thread.run_sync(self.run, operation)
+        return await trio.to_thread.run_sync(self._in_thread, operation)
+
+    def _in_thread(self, operation: Operation[Any]) -> Any:
+        self.begin()
+        return self.run(operation)
 
     async def _commit_task(self) -> None:
         log = self.disk.log
@@ -212,6 +210,7 @@ class Writer:
         False when one found nothing that it could do.
         """
         disk = self.disk
+        self.begin()
         for _ in range(ROUNDS_AT_ONCE):
             if self._stopping or not self._has_work(idle):
                 break

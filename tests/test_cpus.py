@@ -56,7 +56,6 @@ def load(machine: Machine, counters: OperationCounters, *, busy: int, between: i
 def test_threads_gather_while_requests_queue_and_part_when_they_do_not(machine: Machine) -> None:
     reads, writes = OperationCounters(), OperationCounters()
     it = Cpus("auto", [reads, writes])
-    assert it.apart == {0, 1, 3}
     load(machine, reads, busy=5_000, between=QUEUED_NS - 1_000)
     assert it.gathered and machine.placed == {1: {2}}, "a thread that has ended is no error"
     # Between the bounds nothing changes: no thread is moved at every look.
@@ -95,12 +94,30 @@ def test_a_thread_that_joins_is_put_where_the_others_are(machine: Machine) -> No
     assert machine.placed[7] == {2}
 
 
-@pytest.mark.parametrize(("cpu", "placed", "apart"), [("any", {}, set()), (1, {0: {1}}, {0, 2, 3})])
-def test_what_is_asked_for_is_done_once(machine: Machine, cpu: int | str, placed: Any, apart: set[int]) -> None:
+def test_the_background_is_where_the_others_are_not(machine: Machine) -> None:
+    reads = OperationCounters()
+    it = Cpus("auto", [reads])
+    it.in_background()
+    assert not machine.calls
+    load(machine, reads, busy=5_000, between=0)
+    for _ in range(3):
+        it.in_background()
+    assert machine.placed[0] == {0, 1, 3}
+    # Two threads of those that answer, one of which is gone, and this one.
+    assert machine.calls == 3
+    load(machine, reads, busy=5_000, between=30_000, looks=2)
+    it.in_background()
+    assert machine.placed[0] == ALL
+
+
+@pytest.mark.parametrize(("cpu", "placed", "background"), [("any", {}, {}), (1, {0: {1}}, {0: {0, 2, 3}})])
+def test_what_is_asked_for_is_done_once(machine: Machine, cpu: int | str, placed: Any, background: Any) -> None:
     reads = OperationCounters()
     it = Cpus(cpu, [reads])
     load(machine, reads, busy=5_000, between=0, looks=3)
-    assert machine.placed == placed and it.apart == apart and not it.gathered
+    assert machine.placed == placed
+    it.in_background()
+    assert machine.placed == background
 
 
 INTERRUPTS = """           CPU0       CPU2       CPU5
