@@ -88,6 +88,7 @@ class Statistics:
     checkpoints: int
     checkpoint_clusters: int
     checkpoint_bytes: int
+    checkpoint_starvations: int
     checkpoint_seconds: Snapshot
     cow_read_bytes: int
     clusters_allocated: int

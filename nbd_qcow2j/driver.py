@@ -257,7 +257,10 @@ class Device:
         """How the device is at this moment."""
         disk, log = self.disk, self.disk.log
         with self._lock:
-            state = "read-only" if self.read_only else "failed" if log.failed is not None else "serving"
+            state = (
+                "read-only" if self.read_only else "failed" if log.failed is not None
+                else "corrupt" if disk.corrupt else "serving"
+            )  # fmt: skip
             return Statistics(
                 state=state, journal_size_bytes=0 if self.read_only else log.ring.length,
                 journal_used_bytes=log.ring.used, pending_bytes=disk.pending.size_bytes,
@@ -266,6 +269,7 @@ class Device:
                 commit_pages=self._commit_pages.snapshot(), fsync_seconds=self._runner.fsyncs.snapshot(),
                 checkpoints=disk.checkpoints, checkpoint_clusters=disk.checkpoint_clusters,
                 checkpoint_bytes=disk.checkpoint_bytes, checkpoint_seconds=self._checkpoint_seconds.snapshot(),
+                checkpoint_starvations=log.starvations,
                 cow_read_bytes=disk.cow_read_bytes, clusters_allocated=disk.allocator.allocated,
                 clusters_freed=disk.allocator.freed, replayed_transactions=disk.replayed_transactions,
                 pool_clusters=len(disk.allocator.pool),

@@ -29,7 +29,7 @@ from .counters import OperationCounters, Snapshot, Statistics
 from .errors import OptionError
 from .options import parse_address
 
-STATES = ("serving", "read-only", "failed")
+STATES = ("serving", "read-only", "failed", "corrupt")
 
 
 def _cumulative(snapshot: Snapshot) -> list[tuple[str, float]]:
@@ -82,6 +82,11 @@ class DeviceCollector(Collector):
             "checkpoints": ("Rounds of the checkpoint.", now.checkpoints),
             "checkpoint_clusters": ("Guest clusters sent home.", now.checkpoint_clusters),
             "checkpoint_bytes": ("Bytes written home.", now.checkpoint_bytes),
+            "checkpoint_starvations": (
+                "Rounds of the checkpoint that could send nothing home: the host file system has no room, or a read "
+                "failed.",
+                now.checkpoint_starvations,
+            ),
             "copy_on_write_read_bytes": ("Bytes read beneath clusters that were copied.", now.cow_read_bytes),
             "clusters_allocated": ("Host clusters allocated.", now.clusters_allocated),
             "clusters_freed": ("Host clusters freed.", now.clusters_freed),
