@@ -25,11 +25,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .changes import Prepared
 from .errors import NO_ROOM, Error, ImageError, RequestError
 from .format.tables import OFFSET_MASK
 from .geometry import SECTOR
 from .pending import Page
+from .prepared import Prepared
 from .steps import Batch, Operation, Pause, Step, Sync, Wait, Write, WriteSync
 
 if TYPE_CHECKING:

@@ -28,6 +28,7 @@ from .format.tables import (
 from .geometry import Geometry
 from .image.backing import Extent, Layer
 from .image.compressed import inflate
+from .in_place import InPlace
 from .pending import Page, PendingPages
 from .steps import Buffer, Compute, Gate, Operation, Read, ReadInto, Wait
 
@@ -40,10 +41,6 @@ if TYPE_CHECKING:
 
 
 ALL_BITS = (1 << 64) - 1
-MANY_OVERWRITES = 32
-"""Overwrites a transaction from which an fdatasync costs less than to journal them and to send them home."""
-MAX_OWN_HOMES = 1 << 16
-"""Clusters whose home is remembered: 4 GiB of the default size, 6.5 MiB of memory."""
 PAGES_AT_ONCE = 64
 """Pages that one operation may make pending."""
 
@@ -91,13 +88,7 @@ class Disk:
         self.exclusion_gate = Gate("cluster exclusion")
         self.merging: dict[int, list[list[bool]]] = {}
         """Guest cluster -> flags of read-modify-writes in flight; set when what they read may be old."""
-        self.own_homes: dict[int, int] = {}
-        """Guest cluster -> host offset of a cluster that was found to be ours alone: what may be written in place.
-        Forgotten (`touch`) by whoever changes where the cluster lives, in the hold of the change."""
-        self.allocated_in = -1
-        """Number of the last transaction that has a page whose cluster had no home when it became pending."""
-        self._overwrites = self._overwrites_in = self._overwrites_before = 0
-        """Small writes into clusters that have a home: in transaction `_overwrites_in`, and in the one before it."""
+        self.in_place = InPlace(self)
         self.page_size = geometry.page_size
         self.page_cost = log.running.page_cost
         self.page_bits = geometry.page_size.bit_length() - 1
@@ -127,7 +118,7 @@ class Disk:
             return
         self.corrupt = reason
         # What was learned before is not to be used: the way in place goes through here no more.
-        self.own_homes.clear()
+        self.in_place.homes.clear()
         header = self.allocator.header
         header.data = set_corrupt(header.data)
         # No credits: the ring's slack covers one sector. Crash: a mark that was not committed is made again when
@@ -375,16 +366,13 @@ class Disk:
         if cluster not in pending.clusters:
             if self.find_contiguous(offset, length) < 0:
                 if self.mapping.in_memory(cluster):
-                    self.allocated_in = running.number
-                elif self.prefers_in_place():
+                    self.in_place.allocated_in = running.number
+                elif self.in_place.prefers():
                     # Whether it has a home says a table that is not in memory.
                     return False
-            elif cluster not in self.own_homes:
-                prefers = self.prefers_in_place()
-                self._overwrites += 1
-                if prefers:
-                    # It may be possible to write it in place: somebody has to look.
-                    return False
+            elif cluster not in self.in_place.homes and self.in_place.count():
+                # It may be possible to write it in place: somebody has to look.
+                return False
             if self.tokens_needed(cluster) > self.allocator.available:
                 return False
             self.take_tokens(cluster)
@@ -400,68 +388,7 @@ class Disk:
             running.note_page(first + index, page)
         return True
 
-    # ---- in place
-
-    def begin_in_place(self, offset: int, length: int) -> int:
-        """Exclude a cluster that may be written in place, and return the host offset; -1 where it takes more.
-
-        Only where the range has no page that is pending, or whose record may be replayed over what is written.
-        """
-        cluster = offset >> self._bits
-        home = self.own_homes.get(cluster, -1)
-        if home < 0:
-            return -1
-        prefers = self.prefers_in_place()
-        self._overwrites += 1
-        if not prefers:
-            return -1
-        if (offset + length - 1) >> self._bits != cluster or self.log.failed is not None:
-            return -1
-        if cluster in self.excluded or not self._has_no_version(cluster, offset, length):
-            return -1
-        self.excluded.add(cluster)
-        return home + (offset & self._below)
-
-    def prefers_in_place(self) -> bool:
-        """Whether overwrites go in place now: where nothing else allocates, or where they are many a flush.
-
-        A flush of both kinds pays for an fdatasync, of the checkpoint's data as well, and for the ring; one that
-        writes the ring anyhow takes a few overwrites along. 4 KiB random writes over 16 GiB, flush every 32, of
-        which one in fifteen met an allocated cluster: in place always, half of the commits began with an fdatasync.
-        """
-        if not self.settings.in_place:
-            return False
-        number = self.log.running.number
-        if number != self._overwrites_in:
-            self._overwrites_before = self._overwrites if number == self._overwrites_in + 1 else 0
-            self._overwrites, self._overwrites_in = 0, number
-        return number - self.allocated_in > 1 or self._overwrites_before >= MANY_OVERWRITES
-
-    def end_in_place(self, offset: int, length: int) -> bool:
-        """The write returned. False: a page of the range got a newer version meanwhile, which must be written over.
-
-        The cluster lived where it lives as long as it was excluded. A merge that read a page of it before the
-        write returned is told to read again; one that was done has made the page pending: False.
-        """
-        cluster = offset >> self._bits
-        self.excluded.discard(cluster)
-        if self.exclusion_gate.waiters:
-            self.exclusion_gate.open()
-        if cluster in self.merging:
-            self.read_again(cluster)
-        # Order: noted in the hold in which the write is known to have returned, so that the commit that a later
-        # flush waits for begins its sync after it.
-        self.log.note_data()
-        return self._has_no_version(cluster, offset, length)
-
-    def _has_no_version(self, cluster: int, offset: int, length: int) -> bool:
-        """Whether no page of a range is pending or recorded."""
-        first = offset >> self.page_bits
-        last = (offset + length - 1) >> self.page_bits
-        pages, log = self.pending.clusters.get(cluster), self.log
-        if first == last:
-            return not ((pages and first in pages) or log.has_record(first))
-        return not any((pages and index in pages) or log.has_record(index) for index in range(first, last + 1))
+    # ---- pages that are home elsewhere
 
     def drop_pages(self, first: int, end: int) -> None:
         """Pages [first, end) are home elsewhere: out of the running transaction and the pending table, revoked."""
@@ -482,7 +409,7 @@ class Disk:
 
     def touch(self, cluster: int) -> None:
         """A cluster lives elsewhere, or has other content: what is remembered of it, or was read, may be old."""
-        self.own_homes.pop(cluster, None)
+        self.in_place.homes.pop(cluster, None)
         self.read_again(cluster)
 
     def read_again(self, cluster: int) -> None:

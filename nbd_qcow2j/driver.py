@@ -182,7 +182,7 @@ class Device:
         if self.read_only or offset < 0 or offset + length > self.size:
             self._check_writable(offset, length)
         with self._lock:
-            home = disk.begin_in_place(offset, length)
+            home = disk.in_place.begin(offset, length)
             done = home < 0 and disk.try_write(data, offset)
         if home >= 0:
             done = self._write_in_place(data, offset, length, home)
@@ -203,13 +203,13 @@ class Device:
             disk.file.write(home, (data,))
         except BaseException as error:
             with self._lock:
-                disk.end_in_place(offset, length)
+                disk.in_place.end(offset, length)
                 if isinstance(error, OSError) and error.errno in NO_ROOM:
                     # As in changes.guarded: the home lies in a hole of the host file.
                     raise RequestError(errno.ENOSPC, "no room in the host file system") from error
                 raise disk.log.latch(error, "write") from error
         with self._lock:
-            return disk.end_in_place(offset, length)
+            return disk.in_place.end(offset, length)
 
     def write_zeroes(self, offset: int, length: int, *, may_trim: bool, fast: bool, fua: bool) -> None:
         """Make a range read as zeros. Never slower than a write of as many bytes, so `fast` is always met."""

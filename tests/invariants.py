@@ -165,7 +165,7 @@ class Watch:
     def _own_homes(self) -> None:
         """Whoever writes in place writes where the cluster lives, and it is nobody else's."""
         disk = self.disk
-        for cluster, offset in disk.own_homes.items():
+        for cluster, offset in disk.in_place.homes.items():
             if disk.mapping.in_memory(cluster):
                 entry, bitmap = disk.mapping.find(cluster)
                 assert disk.is_ours(entry, bitmap) and entry & OFFSET == offset, f"{cluster} is not at {offset:#x}"

@@ -179,11 +179,11 @@ MUTATIONS = [
     ),
     Mutation(
         "pages leave before they are linked", "link before removal", "checkpoint.py",
-        "        yield from _write_home(disk, going, home)\n",
-        """        for each in going:
-            for index in each.pages:
-                disk.pending.drop(index)
-        yield from _write_home(disk, going, home)
+        "            yield from _write_home(disk, going, home, gaps)\n",
+        """            for each in going:
+                for index in each.pages:
+                    disk.pending.drop(index)
+            yield from _write_home(disk, going, home, gaps)
 """,
     ),
     Mutation(

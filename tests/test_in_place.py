@@ -5,11 +5,11 @@ be; else pending; else by the long way. The checkpoint links one cluster a hold,
 between the links of a round, and moves the tail now and then only. After every move the invariants are looked at, every
 read is judged by the oracle, and what a cut or a kill leaves is recovered.
 
-    Breakage: disk.py: if cluster in self.merging: -> if False:
-    Breakage: disk.py: (in end_in_place) self.log.note_data() -> pass
-    Breakage: disk.py: (in end_in_place) return self._has_no_version(cluster, offset, length) -> return True
-    Breakage: disk.py: (in begin_in_place) self.excluded.add(cluster) -> pass
-    Breakage: disk.py: self.own_homes.pop(cluster, None) -> pass
+    Breakage: in_place.py: if cluster in disk.merging: -> if False:
+    Breakage: in_place.py: (in end) disk.log.note_data() -> pass
+    Breakage: in_place.py: (in end) return self._has_no_version(cluster, offset, length) -> return True
+    Breakage: in_place.py: (in begin) disk.excluded.add(cluster) -> pass
+    Breakage: disk.py: self.in_place.homes.pop(cluster, None) -> pass
     Breakage: changes.py: flags[:] = [each for each in flags if each is not flag] -> flags.remove(flag)
     Breakage: checkpoint.py: disk.touch(cluster) -> pass
     Breakage: checkpoint.py: if disk.pending.get(index) is not page: -> if False:
@@ -63,7 +63,7 @@ def overwrite(stage: Stage, first: int, length: int) -> Operation[None]:
     number = next(stage.calls.numbers)
     started = oracle.begin(first, length, number)
     data, offset = fill(number) * length, first * 512
-    home = disk.begin_in_place(offset, len(data))
+    home = disk.in_place.begin(offset, len(data))
     done = home < 0 and disk.try_write(data, offset)
     if home >= 0:
         returned = False
@@ -75,7 +75,7 @@ def overwrite(stage: Stage, first: int, length: int) -> Operation[None]:
                 raise disk.log.latch(error, "write") from error
             raise RequestError(errno.ENOSPC, "no room in the host file system") from error
         finally:
-            done = disk.end_in_place(offset, len(data)) and returned
+            done = disk.in_place.end(offset, len(data)) and returned
     if not done:
         yield from changes.guarded(disk, changes.write(disk, data, offset), "write")
     oracle.end(started)
@@ -85,7 +85,7 @@ def opened(shape: Shape, *, seen: Counter[str], **how: Any) -> Stage:
     """Overwrites go in place wherever they may; counts those that did, and those that were overtaken."""
     stage = Stage(shape, in_place=True, **how)
     disk = stage.disk
-    begin, end = disk.begin_in_place, disk.end_in_place
+    begin, end = disk.in_place.begin, disk.in_place.end
 
     def begun(offset: int, length: int) -> int:
         home = begin(offset, length)
@@ -97,8 +97,8 @@ def opened(shape: Shape, *, seen: Counter[str], **how: Any) -> Stage:
         seen["overtaken"] += not newest
         return newest
 
-    disk.prefers_in_place = lambda: True  # type: ignore[method-assign]
-    disk.begin_in_place, disk.end_in_place = begun, ended  # type: ignore[method-assign]
+    disk.in_place.prefers = lambda: True  # type: ignore[method-assign]
+    disk.in_place.begin, disk.in_place.end = begun, ended  # type: ignore[method-assign]
     return stage
 
 
@@ -135,9 +135,9 @@ def a_direct_write(stage: Stage) -> list[Operation[Any]]:
 def a_pending_page_on_its_way_home(stage: Stage) -> list[Operation[Any]]:
     # The page has a record, so it must not be written in place before the record is void, however it stands.
     settled(stage)
-    stage.disk.prefers_in_place = lambda: False  # type: ignore[method-assign]
+    stage.disk.in_place.prefers = lambda: False  # type: ignore[method-assign]
     stage.do(overwrite(stage, 0, 8), stage.flush())
-    stage.disk.prefers_in_place = lambda: True  # type: ignore[method-assign]
+    stage.disk.in_place.prefers = lambda: True  # type: ignore[method-assign]
     return [
         chain(stage.round(), stage.flush(), stage.round()),
         chain(overwrite(stage, 0, 4), overwrite(stage, 4, 2), stage.flush(), overwrite(stage, 0, 2)),

@@ -270,7 +270,7 @@ def test_a_home_in_a_hole_of_the_host_file_keeps_no_other_from_going_home() -> N
 
 
 def test_a_trim_of_a_cluster_whose_table_is_ours_needs_no_room() -> None:
-    # Breakage: changes.py: (what or not disk.mapping.l1.entries[index] & OFLAG_COPIED) -> True
+    # Breakage: prepared.py: (what or not disk.mapping.l1.entries[index] & OFLAG_COPIED) -> True
     stage = crowded()
     stage.do(stage.trim(8, 8), stage.flush())
     cut(stage)
@@ -351,7 +351,7 @@ def test_a_new_table_that_finds_no_room_takes_no_token_with_it() -> None:
 def test_a_promise_of_a_table_that_another_made_is_given_back() -> None:
     # A direct write makes the table with a token of its own; while it is written, a page becomes pending that needs
     # the table too.
-    # Breakage: changes.py: if index in disk.table_tokens: -> if used and promised:
+    # Breakage: prepared.py: if index in disk.table_tokens: -> if used and promised:
     stage = Stage(SMALL)
     stepper = Stepper(whole_steps=True)
     direct = stepper.add(stage.write(0, 8))
@@ -372,7 +372,7 @@ def test_a_promise_of_a_table_that_another_made_is_given_back() -> None:
 def test_a_trim_that_waited_for_a_table_has_the_room_that_it_found() -> None:
     # Two trims need the same table over a backing file. The first finds no room to write it, and the last free
     # cluster goes to somebody else before the second is awake.
-    # Breakage: changes.py: yield from disk.allocator.take_tokens(1)\n            self.tokens += 1\n        table
+    # Breakage: prepared.py: yield from disk.allocator.take_tokens(1)\n            self.tokens += 1\n        table
     # -> while disk.allocator.available < 1:\n                yield from disk.allocator.ensure(1)\n        table
     stage = Stage(replace(ROOMY, backed=True))
     allocator = stage.disk.allocator
@@ -593,7 +593,7 @@ def test_a_write_in_place_that_fails_leaves_nothing_excluded(error: Exception) -
     stage.home()
     device = device_on(stage)
     device.write(fill(5), 512)
-    assert 0 in stage.disk.own_homes
+    assert 0 in stage.disk.in_place.homes
 
     def broken(_kind: str, _offset: int, _length: int) -> None:
         raise error
