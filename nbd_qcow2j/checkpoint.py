@@ -22,19 +22,16 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .errors import NO_ROOM, Error, ImageError, RequestError
-from .format.tables import OFFSET_MASK
 from .geometry import SECTOR
-from .pending import Page
+from .going import Going, link, prepare, prepare_simply
 from .prepared import Prepared
 from .steps import Batch, Operation, Pause, Step, Sync, Wait, Write, WriteSync
 
 if TYPE_CHECKING:
     from .disk import Disk
-    from .image.tables import Table
     from .journal.transaction import CommittedTransaction
 
 BATCH_CLUSTERS = 64
@@ -52,21 +49,6 @@ GAP_BYTES = 16 << 10
 nine in ten sectors went home by a call of their own, one in thirty does so, and what the disk gets is contiguous."""
 HOLD_SECTORS = 64
 PAUSE = Pause()
-
-
-@dataclass(slots=True)
-class _Going:
-    """A guest cluster on its way home. `host` is None where it becomes zero or stays as it is."""
-
-    cluster: int
-    pages: dict[int, Page]
-    table: Table | None = None
-    host: int | None = None
-    fresh: bool = False
-    to_zero: bool = False
-    drop: bool = True
-    """Whether what the cluster referred to is dropped; not where it is metadata (overlap.py)."""
-    writes: list[tuple[int, bytes | bytearray]] = field(default_factory=list)
 
 
 def round_(
@@ -110,7 +92,7 @@ def round_(
     # it any more; one that is freed from now on is not used again before this round is over.
     home = dict(log.home) if passable else {}
     try:
-        going: list[_Going] = []
+        going: list[Going] = []
         left: Error | None = None
         for number, cluster in enumerate(chosen, 1):
             if not number % HOLD_CLUSTERS:
@@ -125,7 +107,7 @@ def round_(
                 held.excluded.append(cluster)
             if cluster in disk.pending.clusters:
                 try:
-                    going.append(_prepare_simply(disk, held, cluster) or (yield from _prepare(disk, held, cluster)))
+                    going.append(prepare_simply(disk, held, cluster) or (yield from prepare(disk, held, cluster)))
                 except (RequestError, ImageError, OSError) as error:
                     # What cannot be read, or finds no room, stays pending, after those that were not tried yet:
                     # nothing is lost, and others may not need what it lacks.
@@ -162,7 +144,7 @@ def round_(
         log.check()
         for number, each in enumerate(going, 1):
             with log.whole_or_latched("checkpoint"):
-                _link(disk, each)
+                link(disk, each)
                 held.linked(each.cluster, each.host)
                 log.running.holds = True
             if not number % HOLD_CLUSTERS:
@@ -235,118 +217,6 @@ def _tail_clusters(disk: Disk) -> list[int]:
     return sorted(found)
 
 
-def _prepare_simply(disk: Disk, held: Prepared, cluster: int) -> _Going | None:
-    """As `_prepare`, for what is most common and needs no wait; None where it takes more.
-
-    That is: the L2 table is ours, healthy and in memory; the cluster is unallocated with nothing beneath it that
-    shows, or ours alone; no page is zero; the refcount block is in memory.
-    """
-    pages = disk.pending.clusters[cluster]
-    table, entry = disk.find_own(cluster)
-    if table is None or table.host_offset >> disk.geometry.cluster_bits not in disk.allocator.overlaps.counted:
-        return None
-    if any(page.data == disk.pending.zero_page for page in pages.values()):
-        return None
-    allocator, bits = disk.allocator, disk.geometry.cluster_bits
-    fresh = not entry
-    if fresh:
-        if cluster not in disk.cluster_tokens or not allocator.pool:
-            return None
-        if disk.has_backing(cluster) and len(pages) < disk.pages_in(cluster):
-            return None
-        host = allocator.pool[0]
-    else:
-        host = (entry & OFFSET_MASK) >> bits
-    block = allocator.block(host)
-    if block is None or (not fresh and (allocator.refcount(host) != 1 or allocator.overlaps.what(host))):
-        return None
-    if fresh:
-        disk.cluster_tokens.discard(cluster)
-        held.promised.add(cluster)
-        allocator.reserve(token=True)
-        held.reserved.add(host)
-    for each in (table, block):
-        each.pins += 1
-        held.pinned.append(each)
-    going = _Going(cluster, dict(pages), table, host, fresh)
-    going.writes = _page_writes(disk, host << bits, cluster, pages)
-    return going
-
-
-def _page_writes(disk: Disk, start: int, cluster: int, pages: dict[int, Page]) -> list[tuple[int, bytes | bytearray]]:
-    base, size = cluster * disk.geometry.pages_per_cluster, disk.page_size
-    return [(start + (index - base) * size, pages[index].data) for index in pages]
-
-
-def _prepare(disk: Disk, held: Prepared, cluster: int) -> Operation[_Going]:
-    """Decide where a cluster goes, and what has to be written there."""
-    geometry = disk.geometry
-    pages = dict(disk.pending.clusters[cluster])
-    going = _Going(cluster, pages)
-    whole = len(pages) == disk.pages_in(cluster)
-    zero_page = disk.pending.zero_page
-    zeros = [page.data == zero_page for page in pages.values()]
-    while not disk.mapping.in_memory(cluster):
-        yield from disk.mapping.load_l2(cluster)
-    entry, bitmap = _find(disk, held, going, whole=whole)
-    if going.drop and all(zeros) and not disk.has_backing(cluster) and not entry and not bitmap:
-        return going
-    going.table = table = yield from held.own_l2(cluster)
-    entry, bitmap = _find(disk, held, going, whole=whole)
-    for host in disk.mapping.host_clusters(entry):
-        yield from held.pin_block(host)
-    going.drop = going.drop and not held.is_bad(cluster, entry)
-    if all(zeros) and (whole or disk.reads_zero(cluster, entry, bitmap)):
-        going.to_zero = True
-        return going
-    old = (entry & OFFSET_MASK) >> geometry.cluster_bits
-    ours = going.drop and disk.is_ours(entry, bitmap) and disk.allocator.refcount(old) == 1
-    content: bytearray | None = None
-    if not whole and (any(zeros) if ours else not disk.reads_zero(cluster, entry, bitmap)):
-        content = yield from disk.read_beneath(cluster)
-        base = cluster * geometry.pages_per_cluster
-        for index, page in pages.items():
-            at = (index - base) * geometry.page_size
-            content[at : at + geometry.page_size] = page.data
-        if not any(content) and any(zeros):
-            # A cluster that has become all zero is freed.
-            going.to_zero = True
-            return going
-    assert table is not None
-    if ours:
-        going.host = old
-        content = None
-    else:
-        going.fresh = True
-        if cluster in disk.cluster_tokens:
-            disk.cluster_tokens.discard(cluster)
-            held.promised.add(cluster)
-            held.tokens += 1
-        else:
-            yield from disk.allocator.take_tokens(1)
-            held.tokens += 1
-        going.host = yield from held.reserve()
-    start = going.host << geometry.cluster_bits
-    if content is not None:
-        going.writes.append((start, content))
-    else:
-        # A pool cluster reads as zeros: only the pages have to be written.
-        going.writes = _page_writes(disk, start, cluster, pages)
-    return going
-
-
-def _find(disk: Disk, held: Prepared, going: _Going, *, whole: bool) -> tuple[int, int]:
-    """The cluster's L2 entry; one that cannot be is taken as none where all of the cluster is about to be written."""
-    try:
-        return disk.mapping.find(going.cluster)
-    except ImageError as error:
-        if not whole:
-            raise
-        held.found_corrupt(str(error))
-        going.drop = False
-        return 0, 0
-
-
 def _clean_between(disk: Disk, home: dict[int, tuple[bytes, int]]) -> Operation[list[tuple[int, bytes]]]:
     """(host offset, content) of what lies between two sectors that go home, in one table, and is at home already.
 
@@ -370,7 +240,7 @@ def _clean_between(disk: Disk, home: dict[int, tuple[bytes, int]]) -> Operation[
 
 
 def _write_home(
-    disk: Disk, going: list[_Going], home: dict[int, tuple[bytes, int]], gaps: Sequence[tuple[int, bytes]] = ()
+    disk: Disk, going: list[Going], home: dict[int, tuple[bytes, int]], gaps: Sequence[tuple[int, bytes]] = ()
 ) -> Operation[None]:
     """Everything in host order, what is contiguous in one call."""
     writes: list[tuple[int, bytes | bytearray]] = [each for one in going for each in one.writes]
@@ -394,41 +264,6 @@ def _write_home(
     # Some at once: to come back for each costs more than the write.
     for at in range(0, len(steps), 32):
         yield Batch(steps[at : at + 32])
-
-
-def _link(disk: Disk, going: _Going) -> None:
-    """In one hold: the cluster's new home, and its pages home elsewhere."""
-    log, cluster = disk.log, going.cluster
-    if going.to_zero and disk.pending.clusters.get(cluster) != going.pages:
-        # It would lose its home while a page that came since counts on that, and has no token for another.
-        return
-    if going.table is not None:
-        if going.to_zero:
-            disk.mapping.unlink(
-                going.table, cluster, zero=disk.has_backing(cluster), keep=False, log=log, allocator=disk.allocator,
-                drop=going.drop,
-            )  # fmt: skip
-        elif going.fresh and going.host is not None:
-            disk.mapping.link(going.table, cluster, going.host, log, disk.allocator, drop=going.drop)
-    disk.touch(cluster)
-    running = log.running
-    revoke: list[tuple[int, int]] = []
-    for index in sorted(going.pages):
-        page = going.pages[index]
-        if disk.pending.get(index) is not page:
-            continue
-        if running.pages.get(index) is page:
-            running.forget_page(index)
-        # Invariant 4: the record of this very version has left the running transaction before the revoke joins it.
-        if log.has_record(index):
-            if revoke and revoke[-1][1] == index:
-                revoke[-1] = (revoke[-1][0], index + 1)
-            else:
-                revoke.append((index, index + 1))
-        if disk.pending.drop(index):
-            disk.return_token(cluster)
-    for first, end in revoke:
-        running.note_guest_revoke(first, end)
 
 
 def _move_tail(disk: Disk, count: int, home: dict[int, tuple[bytes, int]]) -> Operation[None]:

@@ -154,7 +154,7 @@ MUTATIONS = [
         "            running.note_guest_revoke(first, end)\n", "            pass\n",
     ),
     Mutation(
-        "no guest revoke at the checkpoint's link", "a record of the page is void", "checkpoint.py",
+        "no guest revoke at the checkpoint's link", "a record of the page is void", "going.py",
         "        running.note_guest_revoke(first, end)\n", "        pass\n",
     ),
     Mutation(
@@ -164,7 +164,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a page that went home stays in the running transaction",
-        "record and revoke of a version never share a transaction", "checkpoint.py",
+        "record and revoke of a version never share a transaction", "going.py",
         "            running.forget_page(index)\n", "            pass\n",
     ),
     Mutation(
@@ -174,7 +174,7 @@ MUTATIONS = [
         "return index in self.records",
     ),
     Mutation(
-        "a page that was replaced goes home", "only the page that was written is home", "checkpoint.py",
+        "a page that was replaced goes home", "only the page that was written is home", "going.py",
         "        if disk.pending.get(index) is not page:\n", "        if disk.pending.get(index) is None:\n",
     ),
     Mutation(
@@ -245,7 +245,7 @@ MUTATIONS = [
         "if cluster not in self.held and cluster not in known:",
     ),
     Mutation(
-        "a token is kept when the last page went home", "tokens are what pending pages need", "checkpoint.py",
+        "a token is kept when the last page went home", "tokens are what pending pages need", "going.py",
         "            disk.return_token(cluster)\n", "            pass\n",
     ),
     # ---- checkpoint and tail

@@ -11,8 +11,8 @@ read is judged by the oracle, and what a cut or a kill leaves is recovered.
     Breakage: in_place.py: (in begin) disk.excluded.add(cluster) -> pass
     Breakage: disk.py: self.in_place.homes.pop(cluster, None) -> pass
     Breakage: changes.py: flags[:] = [each for each in flags if each is not flag] -> flags.remove(flag)
-    Breakage: checkpoint.py: disk.touch(cluster) -> pass
-    Breakage: checkpoint.py: if disk.pending.get(index) is not page: -> if False:
+    Breakage: going.py: disk.touch(cluster) -> pass
+    Breakage: going.py: if disk.pending.get(index) is not page: -> if False:
     Breakage: journal/log.py: return index in self.records or (…) -> return index in self.records
 """
 

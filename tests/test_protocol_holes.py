@@ -399,7 +399,7 @@ def test_a_trim_that_waited_for_a_table_has_the_room_that_it_found() -> None:
 def test_a_page_that_came_while_its_cluster_became_zero_still_has_a_home() -> None:
     # A cluster of ours is all zero pages, and on its way to be freed, when one of them is written: no token was taken
     # for it, since the cluster had a home.
-    # Breakage: checkpoint.py: if going.to_zero and disk.pending -> if False and disk.pending
+    # Breakage: going.py: if going.to_zero and disk.pending -> if False and disk.pending
     stage = Stage(PAIRS)
     stage.do(stage.write(0, 16))
     stage.home()

@@ -131,7 +131,7 @@ def test_a_record_and_a_revoke_of_one_version_never_share_a_transaction(tmp_path
 
 def test_a_page_that_went_home_leaves_the_running_transaction_before_its_revoke_joins(tmp_path: Path) -> None:
     # The same by way of the checkpoint: the record that stayed would hold the tail for ever.
-    # Breakage: checkpoint.py
+    # Breakage: going.py
     # -         if running.pages.get(index) is page:
     # +         if False:
     case = Case("plain", PAGE, tmp_path)
