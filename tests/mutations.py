@@ -209,6 +209,11 @@ MUTATIONS = [
             elif""",
     ),
     Mutation(
+        "a home is believed that was seen before its refcount was read", "what is remembered is so in that hold",
+        "in_place.py",
+        "if not disk.mapping.in_memory(cluster) or disk.mapping.find(cluster) != (entry, bitmap):", "if False:",
+    ),
+    Mutation(
         "a merge ignores what changed beneath", "a merge looks again", "changes.py",
         "            elif flag[0]:\n", "            elif False:\n",
     ),

@@ -295,6 +295,28 @@ def test_a_trim_waits_for_a_write_in_place() -> None:
     finish(stage, stepper)
 
 
+def test_a_cluster_that_moved_while_its_refcount_was_read_is_not_written_in_place() -> None:
+    # A trim is reading the refcount block, and a small write waits for that read to learn that the cluster is ours.
+    # Before it looks the trim is over, and the host cluster is another guest cluster's.
+    stage = Stage(PAGES, in_place=True)
+    stage.do(stage.write(0, 8))
+    stage.home()
+    drain_pool(stage)
+    stage.forget_tables()
+    stage.do(stage.read(0, 8))
+    others = chain(stage.trim(0, 8), stage.flush(), stage.release(), stage.write(8, 8), stage.flush())
+    stepper, task = upto(stage, others, Read)
+    write = stepper.add(stage.write(0, 4))
+    while not write.waits_for:
+        stepper.move(write)
+    assert write.waits_for == "table load"
+    home = stage.disk.mapping.find(0)
+    while not task.done:
+        stepper.move(task)
+    assert stage.disk.mapping.find(1) == home and not write.done
+    finish(stage, stepper)
+
+
 def test_a_merge_reads_again_what_was_written_beneath_it() -> None:
     stage = Stage(PAGES)
     stage.do(stage.write(0, 8))
