@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from .disk import Disk
     from .journal.transaction import CommittedTransaction
 
-BATCH_CLUSTERS = 64
+BATCH_CLUSTERS = 32
 BATCH_PAGES = 256
 """What one round sends home: the disk is busy with its fdatasync, and a flush that comes has to wait for the disk.
-4 KiB random writes, depth 16, flush every 32: 99th percentile of a flush 3.2 ms with 64 clusters a round, 5.8 with
-256."""
+4 KiB random writes, depth 16, flush every 32: 99th percentile of a flush 3.3 ms with 32 clusters a round, 3.9 with
+64, 5.8 with 256; writes a second as many."""
 MOST_CLUSTERS = 256
 """As many where each cluster has a commit of its own: then a round that is longer makes fewer flushes wait. The same
-with a flush each: 99th percentile 0.9 ms with 64, 0.6 with 256."""
+with a flush each: 99th percentile 1.0 ms with 64, 0.7 with 256."""
 HOLD_CLUSTERS = 16
 """Clusters that are prepared, or linked, in one hold of the lock: some 100 us, for which a flush may have to wait."""
 GAP_BYTES = 16 << 10
