@@ -28,9 +28,9 @@ from ..options import UNITS, Options, describe_options, parse_address, parse_opt
 from ..storage import FileStorage
 
 # nbdkit's threads for each connection; requests of one connection that wait for the disk at once. Measured on two
-# cores with 2, 4, 8, 16 of them: 4 KiB random reads at depth 16 51k, 47k, 33k, 32k a second, with the page cache
-# dropped 20k, 22k, 19k, 18k; writes in place 28k, 26k, 22k, 23k; allocating writes, a flush every 32, 12.6k, 11.2k,
-# 10.1k, 10.1k: every thread more is one that the interpreter lock has to travel to.
+# cores with 2, 3, 4, 8, 16 of them, one connection at depth 16: 4 KiB random reads 119k to 120k a second with any; with
+# the page cache dropped 25k, 44k, 43k, 53k, 46k; allocating writes, a flush every 32, 16.5k, 16.1k, 15.2k, 13.9k,
+# 13.5k: every thread more is one that the interpreter lock has to travel to.
 # Limit: nbdkit 1.32.4 and 1.32.5 (Debian 12) abort when a client with several requests under way vanishes: 17 of
 # 20 times at depth 16, never with `-- -t 1`, which costs concurrent cold reads. Nothing flushed is lost by it.
 THREADS = 4
