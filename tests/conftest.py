@@ -75,12 +75,16 @@ def answers(path: Path) -> bool:
             probe.connect(str(path))
         except OSError:
             return False
-        greeting = probe.recv(18, socket.MSG_WAITALL)
-        if greeting[:16] != b"NBDMAGICIHAVEOPT":
+        try:
+            greeting = probe.recv(18, socket.MSG_WAITALL)
+            if greeting[:16] != b"NBDMAGICIHAVEOPT":
+                return False
+            probe.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", 2, 0))
+            while probe.recv(4096):
+                pass
+        except ConnectionError:
+            # It died while it answered.
             return False
-        probe.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", 2, 0))
-        while probe.recv(4096):
-            pass
         return True
 
 
