@@ -73,8 +73,6 @@ def round_(
         if not log.try_credits(cost):
             if log.running.in_ring and log.committing is None and log.may_commit():
                 yield from log.commit()
-            chosen = chosen[: max(1, min(len(chosen), (ring.max_transaction // 2) // ring.home_cost))]
-            cost = len(chosen) * ring.home_cost
             if not log.try_credits(cost):
                 chosen, cost = [], 0
     if not chosen and not passable:
@@ -187,7 +185,12 @@ class _Synchronous(OSError):
 
 
 def _oldest(disk: Disk, most: int) -> list[int]:
-    """BATCH_CLUSTERS, two more for each commit that their pages are of, and not many more than BATCH_PAGES pages."""
+    """BATCH_CLUSTERS, two more for each commit that their pages are of, and not many more than BATCH_PAGES pages.
+
+    Their links take half of a transaction at most: the other half is the writers'.
+    """
+    ring = disk.log.ring
+    most = max(1, min(most, ring.max_transaction // 2 // ring.home_cost))
     found: list[int] = []
     count = commits = 0
     last: CommittedTransaction | None = None
@@ -229,6 +232,9 @@ def _clean_between(disk: Disk, home: dict[int, tuple[bytes, int]]) -> Operation[
         if not number % HOLD_SECTORS:
             if number:
                 yield PAUSE
+            # Order: looked at in this hold. A commit that has failed is in neither transaction, and what it held is in
+            # the live tables still: nothing of these goes home any more.
+            log.check()
             # What is not committed is in memory only, and must not come home before its transaction is.
             uncommitted = {*log.running.sectors, *(log.committing.sectors if log.committing is not None else ())}
         if end < offset <= end + GAP_BYTES and end // size == offset // size:

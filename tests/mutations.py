@@ -135,6 +135,12 @@ MUTATIONS = [
         "if table is not None and uncommitted.isdisjoint(range(end, offset, SECTOR)):", "if table is not None:",
     ),
     Mutation(
+        "what a failed commit held goes home", "only what is committed goes home", "checkpoint.py",
+        """            log.check()
+            # What is not committed is in memory""",
+        """            # What is not committed is in memory""",
+    ),
+    Mutation(
         "what is being committed goes home", "only what is committed goes home", "checkpoint.py",
         "{*log.running.sectors, *(log.committing.sectors if log.committing is not None else ())}",
         "set(log.running.sectors)",

@@ -22,7 +22,7 @@ from nbd_qcow2j import changes, checkpoint
 from nbd_qcow2j.errors import DeviceFailed, ImageError
 from nbd_qcow2j.format.journal import encode_transaction
 from nbd_qcow2j.opening import detach
-from nbd_qcow2j.steps import Operation, Read, ReadInto, Step, Sync, Write, WriteSync, run_simply
+from nbd_qcow2j.steps import Operation, Pause, Read, ReadInto, Step, Sync, Write, WriteSync, run_simply
 
 ROOMY = Shape(PAGES.options, PAGES.size, journal=1 << 18)
 """Credits for several operations at once."""
@@ -413,6 +413,33 @@ def test_what_lies_between_two_sectors_goes_home_with_them_unless_it_is_not_comm
     cut(stage)
 
 
+@pytest.mark.parametrize("call", ["sync", "write_sync"])
+def test_what_a_failed_commit_held_does_not_go_home(call: str) -> None:
+    # A round has copied what is committed, and pauses. A commit fails: what it held is in no transaction any more, and
+    # in the live table still. The round goes on, and meets the latch only after it has written.
+    # A ring in whose rounds there is a pause.
+    stage = Stage(Shape(PAGES.options, 1 << 20, journal=1 << 23))
+    stage.do(stage.write(0, 8), stage.write(128 * 8, 8))
+    stage.home()
+    home = stage.disk.mapping.l2_offset(0)
+    stage.do(stage.trim(0, 8), stage.trim(128 * 8, 8), stage.flush())
+    stage.do(*(stage.write(cluster * 8, 4) for cluster in range(200, 220)), stage.flush(), stage.write(64 * 8, 8))
+    assert home + 512 not in stage.disk.log.home
+    stepper, round_ = upto(stage, stage.round(), Pause)
+    flush = stepper.add(stage.flush())
+    stage.sim.fail(call)
+    while not flush.done:
+        stepper.move(flush)
+    seen = len(stage.sim.history)
+    while not round_.done:
+        stepper.move(round_)
+    assert isinstance(flush.error, DeviceFailed) and isinstance(round_.error, DeviceFailed)
+    for each in stage.sim.history[seen:]:
+        assert not (each.kind == "write" and each.offset <= home + 512 < each.offset + each.length)
+    for sim in stage.sim.crash_states(20, Random(0)):
+        recover(sim, stage.shape, stage.oracle, seed=1)
+
+
 # ---- freed metadata
 
 
@@ -583,3 +610,17 @@ def test_a_record_beside_a_revoke_in_one_transaction_is_the_newer_version() -> N
     stage.do(stage.write(0, 4), stage.flush(), stage.trim(0, 8), stage.write(0, 3), stage.flush())
     assert stage.disk.log.ring.transactions[-1].pages
     cut(stage)
+
+
+def test_a_round_that_cannot_take_all_takes_the_oldest() -> None:
+    # Each flush has a page of its own, and the cluster that came first lies behind all others: it is the one that holds
+    # the tail.
+    stage = Stage(Shape(PAGES.options, 1 << 20, journal=1 << 19))
+    ring = stage.disk.log.ring
+    fits = ring.max_transaction // 2 // ring.home_cost
+    stage.do(stage.write(255 * 8, 4), stage.flush())
+    for cluster in range(fits + 10):
+        stage.do(stage.write(cluster * 8, 4), stage.flush())
+    assert not checkpoint.is_tight(stage.disk)
+    stage.do(stage.round())
+    assert 255 not in stage.disk.pending.clusters and len(stage.disk.pending.clusters) >= 10
