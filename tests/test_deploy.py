@@ -254,6 +254,9 @@ tests:
     input_series:
       - {series: 'nbd_qcow2j_device_state{instance="a", state="failed"}', values: "0 0 1 1"}
       - {series: 'nbd_qcow2j_device_state{instance="a", state="serving"}', values: "1 1 0 0"}
+      - {series: 'nbd_qcow2j_device_state{instance="c", state="corrupt"}', values: "0 0 1 1"}
+      - {series: 'nbd_qcow2j_checkpoint_starvations_total{instance="d"}', values: "0+1x30"}
+      - {series: 'nbd_qcow2j_checkpoint_starvations_total{instance="once"}', values: "0 1x30"}
       - {series: 'nbd_qcow2j_journal_used_bytes{instance="b"}', values: "95x10"}
       - {series: 'nbd_qcow2j_journal_size_bytes{instance="b"}', values: "100x10"}
       - {series: 'nbd_qcow2j_journal_used_bytes{instance="read-only"}', values: "0x10"}
@@ -271,7 +274,7 @@ tests:
 
 def test_promtool_finds_nothing_wrong_with_the_examples() -> None:
     assert "SUCCESS" in run(PROMTOOL, "check", "config", DEPLOY / "prometheus.yml").stdout
-    assert "SUCCESS: 2 rules found" in run(PROMTOOL, "check", "rules", DEPLOY / "prometheus-rules.yml").stdout
+    assert "SUCCESS: 4 rules found" in run(PROMTOOL, "check", "rules", DEPLOY / "prometheus-rules.yml").stdout
 
 
 def test_the_alerts_ask_for_metrics_that_there_are(serve: Callable[..., Server], image: Path) -> None:
@@ -290,11 +293,16 @@ def test_the_alerts_fire_when_a_device_has_failed_or_a_journal_stays_full(tmp_pa
     rules: Any = (DEPLOY / "prometheus-rules.yml").read_text()
     # What is said is for people; when it fires is tested.
     bare = re.sub(r"\n        annotations:\n(?:          .*\n)+", "\n        annotations: {}\n", rules + "\n")
-    assert bare.count("annotations: {}") == 2
+    assert bare.count("annotations: {}") == 4
     (tmp_path / "prometheus-rules.yml").write_text(bare)
     cases = CASES.replace("EXPECTED", "{}") + (
         "      - eval_time: 6m\n        alertname: NbdQcow2jJournalNearlyFull\n"
         "        exp_alerts: [{exp_labels: {severity: warning, instance: b}}]\n"
+        "      - eval_time: 2m\n        alertname: NbdQcow2jCorrupt\n"
+        "        exp_alerts: [{exp_labels: {severity: critical, instance: c, state: corrupt}}]\n"
+        "      - {eval_time: 9m, alertname: NbdQcow2jCannotCheckpoint}\n"
+        "      - eval_time: 15m\n        alertname: NbdQcow2jCannotCheckpoint\n"
+        "        exp_alerts: [{exp_labels: {severity: warning, instance: d}}]\n"
     )
     (tmp_path / "cases.yml").write_text(cases)
     assert "SUCCESS" in run(PROMTOOL, "test", "rules", tmp_path / "cases.yml").stdout
