@@ -231,7 +231,9 @@ def _build(
     overlaps = Overlaps(geometry, ring=ring_clusters, l1=l1_clusters if header.l1_entries else (0, 0), name=name)
     if not read_only:
         table = header.refcount_table_offset >> bits
-        overlaps.read((table, table + header.refcount_table_clusters), reftable.entries, l1.entries)
+        overlaps.read(
+            (table, table + header.refcount_table_clusters), reftable.entries, l1.entries, end=-(-size >> bits)
+        )
         if header.snapshot_count:
             begin = header.snapshots_offset
             _keep_snapshots(overlaps, header, bytes((yield Read(file, begin, SNAPSHOTS_READ))), name=name)

@@ -6,8 +6,8 @@ or to drop a reference asks here first (`changes.Prepared`), and the allocator n
 
     in place     an L2 entry names metadata, or a cluster without a refcount: the write is refused
     L2 table     it lies on other metadata, two L1 entries name it, or it has no refcount: likewise
-    refcount block  it lies on other metadata, or two entries name it: taken as not there, so all that it counts
-                 has no refcount, is never freed and never handed out
+    refcount block  it lies on other metadata or behind the end of the file, or two entries name it: taken as not
+                 there, so all that it counts has no refcount, is never freed and never handed out
 
 What is not seen without counting all references (two L2 entries with one data cluster, an active entry on a
 snapshot's L2 table) is `check`'s to find.
@@ -45,8 +45,10 @@ class Overlaps:
         self.bad_tables: set[int] = set()
         self.bad_blocks: set[int] = set()
 
-    def read(self, reftable: tuple[int, int], blocks: Iterable[int], tables: Iterable[int]) -> None:
+    def read(self, reftable: tuple[int, int], blocks: Iterable[int], tables: Iterable[int], *, end: int) -> None:
         """Take in the refcount table's range of clusters, its entries, and those of the L1 table.
+
+        `end` is the length of the file in clusters: a new block is durable, and so in the file, before its entry is.
 
         Raises ImageError where the tables that everything hangs on lie on each other.
         """
@@ -63,7 +65,9 @@ class Overlaps:
         for entry in filter(None, blocks):
             offset = entry & REFTABLE_OFFSET_MASK
             cluster = offset >> self.bits
-            if entry != offset or offset & ((1 << self.bits) - 1) or cluster in self.blocks or self._fixed(cluster):
+            if entry != offset or offset & ((1 << self.bits) - 1) or cluster >= end:
+                self.bad_blocks.add(cluster)
+            if cluster in self.blocks or self._fixed(cluster):
                 self.bad_blocks.add(cluster)
             self.blocks.add(cluster)
         for entry in filter(None, tables):
