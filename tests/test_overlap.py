@@ -227,6 +227,20 @@ def test_a_refcount_block_on_metadata_is_not_changed(image: Image, name: str) ->
     assert image.sim.current_size >= image.size, "cut off what has no refcount"
 
 
+def test_a_refcount_block_behind_the_end_of_the_file_is_not_written(image: Image) -> None:
+    # Scenario: it would read as zeros, as if all that it counts were free, and go home there.
+    far = 1 << 48
+    image.put(image.reftable, far)
+    engine = Engine(image.sim, SHAPE, Random(2))
+    disk = engine.open()
+    refused(engine, changes.write(disk, b"x" * CLUSTER, 0), "no refcount")
+    disk.corrupt = ""
+    write_page(engine, 3 * PER_TABLE, b"q" * CLUSTER)
+    settle(engine, detach(disk))
+    assert disk.allocator.allocated
+    assert all(each.offset < far for each in image.sim.history)
+
+
 def test_a_guest_never_reads_the_journal(image: Image) -> None:
     # Scenario: an entry names the place behind the file where the ring is put; its UUID must not be seen.
     ring = -(-image.size // CLUSTER) * CLUSTER
