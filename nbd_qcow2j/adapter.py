@@ -315,7 +315,7 @@ def can_multi_conn(device: Device) -> bool:
 
 
 def _join() -> None:
-    """The first request that this thread answers."""
+    """The first request that this thread answers. Callers look into `kept` themselves: a call would cost each one."""
     if keep():
         _cpus.joined(get_native_id())
 

@@ -3,12 +3,14 @@
     1  pick clusters with pending pages, oldest first; fix the tail target and copy the set of committed
        metadata sectors, now: neither is derived later from what has changed meanwhile
     2  read what lies beneath where a cluster gets a new home, once
-    3  write pages and sectors home, in host order; fdatasync through a file description of its own
+    3  write pages and sectors home, in host order, with the clean sectors of a table between two of them; fdatasync
+       through a file description of its own
     4  a few clusters a hold: link what was written into the *running* transaction; a page that is still the
        page written is home elsewhere, one that was replaced keeps its record and its place
     5  write the header slot with the new tail, synchronously; then the space may be used again
 
-    Crash in 1 to 3: the new clusters have refcount zero; sectors at home are those of the journal.
+    Crash in 1 to 3: the new clusters have refcount zero; sectors at home are those of the journal, clean ones are
+        what they were.
         A page written over a cluster that is ours alone is in the journal as well, or was not flushed.
     Crash after 4: the journal's records are replayed until the links are committed.
     Crash in 5: the slot is torn or old; the other one holds, and everything it needs is still in the ring.

@@ -8,6 +8,8 @@ reads at depth 16 107,000 against 89,000, four clients at depth 4 102,000 agains
 
 What tells them apart is the time from the end of a callback to the start of the next: a client's way round takes 25
 us or more, from a queue comes the next request in 5.
+
+Only threads whose state is kept are known here (thread_state.py): where none is, the answering threads wander.
 """
 
 from __future__ import annotations
