@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from .disk import PAGES_AT_ONCE
 from .errors import NO_ROOM, Error, RequestError
 from .format.tables import OFFSET_MASK
 from .journal.transaction import BASE_COST, REVOKE_COST, SECTOR_COST
@@ -34,7 +33,7 @@ def write(disk: Disk, data: Buffer, offset: int) -> Operation[None]:
     end = offset + len(view)
     size = disk.geometry.cluster_size
     at = offset
-    chunk = pages_at_once(disk) * disk.page_size
+    chunk = disk.log.ring.pages_at_once * disk.page_size
     most = clusters_at_once(disk)
     while at < end:
         boundary = -(-at // size) * size
@@ -54,11 +53,6 @@ def write(disk: Disk, data: Buffer, offset: int) -> Operation[None]:
         at += length
 
 
-def pages_at_once(disk: Disk) -> int:
-    """Pages that one operation may note: at most half of a transaction."""
-    return max(1, min(PAGES_AT_ONCE, (disk.log.ring.max_transaction - BASE_COST) // 2 // disk.page_cost))
-
-
 def clusters_at_once(disk: Disk) -> int:
     """Clusters whose links surely fit half of a transaction."""
     ring = disk.log.ring
@@ -71,10 +65,11 @@ def write_pending(disk: Disk, offset: int, view: memoryview) -> Operation[None]:
     end = offset + len(view)
     pages = -(-end // size) - offset // size
     cost = pages * disk.page_cost
+    clusters = -(-end // disk.geometry.cluster_size) - offset // disk.geometry.cluster_size
     # Order: room in the pending table before credits: the checkpoint, which makes that room, needs credits too.
     yield from disk.take_pending(pages)
     try:
-        yield from disk.log.take_credits(cost)
+        yield from disk.log.take_credits(cost, clusters)
     except BaseException:
         disk.return_pending(pages)
         raise
@@ -93,7 +88,7 @@ def write_pending(disk: Disk, offset: int, view: memoryview) -> Operation[None]:
             at += length
     finally:
         disk.incoming -= pages
-        disk.log.return_credits(cost)
+        disk.log.return_credits(cost, clusters)
 
 
 def _room(disk: Disk, index: int) -> Operation[None]:
@@ -238,7 +233,7 @@ def _zero_part(disk: Disk, offset: int, end: int, *, trim: bool) -> Operation[No
         offset = -(-offset // size) * size
         if end != disk.geometry.size:
             end -= end % size
-    step = pages_at_once(disk) * size
+    step = disk.log.ring.pages_at_once * size
     while offset < end:
         stop = min(
             end, (offset // step + 1) * step, (offset // disk.geometry.cluster_size + 1) * disk.geometry.cluster_size

@@ -86,6 +86,9 @@ def round_(
             # What supersedes the tail's records is only in the running transaction.
             yield from log.commit()
             return True
+        if tight and not log.running.empty and not chosen:
+            # Every wait ends: by the reserve this is never so; a journal that is damaged, or older, may be.
+            log.starve(RequestError(errno.ENOSPC, "the journal is too full for what would empty it"))
         return False
     held = Prepared(disk, cost, relocate=True)
     # Order: copied in the hold in which the epoch was entered. A metadata cluster that was freed before is not in
@@ -227,7 +230,7 @@ def _clean_between(disk: Disk, home: dict[int, tuple[bytes, int]]) -> Operation[
 
     Crash: whatever part of it is written, it is what was there.
     """
-    log, tables, size = disk.log, disk.cache.tables, disk.cache.table_size
+    log, tables, size, overlaps = disk.log, disk.cache.tables, disk.cache.table_size, disk.allocator.overlaps
     found: list[tuple[int, bytes]] = []
     end = -1
     for number, offset in enumerate(sorted(home)):
@@ -241,6 +244,9 @@ def _clean_between(disk: Disk, home: dict[int, tuple[bytes, int]]) -> Operation[
             uncommitted = {*log.running.sectors, *(log.committing.sectors if log.committing is not None else ())}
         if end < offset <= end + GAP_BYTES and end // size == offset // size:
             table = tables.get(offset - offset % size)
+            # In a damaged image an L2 table may lie on the table that this is a sector of, and be older.
+            if overlaps.what_else(offset - offset % size):
+                table = None
             if table is not None and uncommitted.isdisjoint(range(end, offset, SECTOR)):
                 found.append((end, table.sector_bytes(end, offset - end)))
         end = offset + SECTOR
@@ -305,7 +311,7 @@ def settle(disk: Disk) -> Operation[None]:
 def is_tight(disk: Disk) -> bool:
     """Whether only freeing the tail may go on."""
     ring, running = disk.log.ring, disk.log.running
-    return not ring.has_room(running=running.size, cost=ring.max_transaction // 2)
+    return not ring.has_room(running=running.size, cost=ring.most_cost, clusters=ring.pages_at_once)
 
 
 def fill(disk: Disk) -> float:

@@ -29,6 +29,7 @@ from .geometry import Geometry
 from .image.backing import Extent, Layer
 from .image.compressed import inflate
 from .in_place import InPlace
+from .journal.ring import PAGES_AT_ONCE
 from .pending import Page, PendingPages
 from .steps import Buffer, Compute, Gate, Operation, Read, ReadInto, Wait
 
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 
 
 ALL_BITS = (1 << 64) - 1
-PAGES_AT_ONCE = 64
-"""Pages that one operation may make pending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +74,7 @@ class Disk:
         )
         self.epochs = log.epochs
         self.pending = PendingPages(geometry)
+        log.ring.waiting = self.pending.clusters
         self.pending_most = max(settings.pending_limit >> geometry.page_size.bit_length() - 1, 2 * PAGES_AT_ONCE)
         """Pages that may be pending; a replay may leave more, then writers wait. At least two operations' worth, so
         that whoever waits finds the checkpoint at work (it begins at half)."""
@@ -357,10 +357,11 @@ class Disk:
             return False
         first, count = offset >> page_bits, length >> page_bits
         ring, running = log.ring, log.running
-        busy = running.size + ring.outstanding + count * self.page_cost
-        if busy > ring.max_transaction or ring.head - ring.tail + busy + ring.reserve > ring.length:
-            return False
         pending = self.pending
+        busy = running.size + ring.outstanding + count * self.page_cost
+        reserve = ring.reserve_for(len(pending.clusters) + ring.coming + 1)
+        if busy > ring.max_transaction or ring.head - ring.tail + busy + reserve > ring.length:
+            return False
         if pending.count + self.incoming + count > self.pending_most:
             return False
         if cluster not in pending.clusters:

@@ -120,7 +120,8 @@ class Device:
         self._closed = False
         # From here on a write is followed by a closer look at how full things are.
         self._commit_size = options.commit_size
-        self._start_ring = int((disk.log.ring.length - disk.log.ring.reserve) * options.checkpoint_start)
+        ring = disk.log.ring
+        self._start_ring = int(max(0, ring.length - ring.reserve_for(ring.max_transaction)) * options.checkpoint_start)
         self._start_pending = int(options.pending_limit // disk.page_size * options.checkpoint_start)
 
     # ---- life

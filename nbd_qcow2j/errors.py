@@ -18,6 +18,11 @@ NO_ROOM = frozenset({_errno.ENOSPC, _errno.EDQUOT, _errno.EFBIG})
 nothing is lost by it; from a sync or a synchronous write it is a lost write like any other."""
 
 
+def printable(name: str) -> str:
+    """A name that comes from an image, on one line and without what a terminal would obey."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in name)
+
+
 class Error(Exception):
     """Base of what this package raises on purpose; `errno` is what an NBD client may be told."""
 

@@ -135,7 +135,13 @@ class InPlace:
             return True
         if cluster in disk.pending.clusters or not disk.mapping.l2_offset(cluster):
             return False
-        yield from disk.mapping.load_l2(cluster)
+        offset = disk.mapping.l2_offset(cluster)
+        if reason := (yield from disk.allocator.why_bad_table(offset)):
+            disk.mark_corrupt(f"L1 entry {cluster // disk.geometry.l2_entries} names host offset {offset}, {reason}")
+            disk.refuse_corrupt()
+        table = yield from disk.mapping.load_l2(cluster)
+        if table is None or table.host_offset != offset:
+            return False
         entry, bitmap = disk.mapping.find(cluster)
         if not disk.is_ours(entry, bitmap):
             return False
@@ -163,6 +169,8 @@ class InPlace:
         for each in range(first, min(first + NEIGHBOURS, disk.geometry.clusters)):
             table, entry = disk.find_own(each)
             if table is None or not entry or each in disk.excluded or each in self.homes:
+                continue
+            if table.host_offset >> self._bits not in overlaps.counted:
                 continue
             host = (entry & OFFSET_MASK) >> self._bits
             if allocator.block(host) is not None and allocator.refcount(host) == 1 and not overlaps.what(host):

@@ -12,7 +12,7 @@ bit and its sync leaves a page cache that says *plain* and a disk that says *att
 from __future__ import annotations
 
 import errno
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .checkpoint import drain
@@ -29,8 +29,9 @@ from .format.header import (
 from .format.header_rewrite import HeaderPlan, plan_attach, plan_detach, used_end
 from .format.journal import ALIGNMENT, MIN_RING, SLOTS_LENGTH, Location, Slot
 from .format.tables import MAX_HOST_OFFSET, REFTABLE_OFFSET_MASK, table_from_bytes
-from .geometry import SECTOR
+from .geometry import SECTOR, Geometry
 from .image.allocator import Allocator, runs_of
+from .image.counted import Counted
 from .image.epochs import Epochs
 from .image.mapping import Mapping
 from .image.overlap import Overlaps
@@ -41,7 +42,7 @@ from .journal.replay import ReplayPlan, plan_replay
 from .journal.ring import Ring
 from .journal.transaction import CommittedTransaction
 from .pending import Page
-from .steps import DropCached, FileSize, Operation, Punch, Read, Sync, Truncate, Write, WriteSync
+from .steps import DataRuns, DropCached, FileSize, Operation, Punch, Read, Sync, Truncate, Write, WriteSync
 
 if TYPE_CHECKING:
     from .image.backing import Layer
@@ -53,6 +54,8 @@ SNAPSHOTS_READ = 1 << 20
 MAX_L1_BYTES = 32 << 20
 MAX_REFTABLE_BYTES = 8 << 20
 """Limits: as in qemu."""
+COUNTED_AT_CLOSE = 1 << 16
+"""L2 entries that are looked at when the image is closed: 50 ms, and all of a disk of 4 GiB."""
 FAR_BEHIND = 1 << 30
 """The journal goes behind all that is used: damaged refcounts must not send it to where no file reaches."""
 
@@ -124,15 +127,22 @@ def open_disk(
         data = plan.sectors[0][0] + data[SECTOR:]
         header = replayed_header(header, data, file_size=(yield FileSize(file)), name=name)
         _check_usable(header, write=not read_only, recover=recover, name=name)
+    tables = yield from _read_tables(file, header, plan, read_only=read_only, name=name)
     location = plan.location if plan is not None else None
     if plan is None and not read_only:
-        location = yield from _attach(file, header, data, settings, uuid, name=name)
+        location = _place_journal(header, tables, settings, name=name)
+    # Order: before the journal is attached: an image that is refused is left as it was.
+    overlaps = yield from _find_overlaps(file, header, tables, location, read_only=read_only, name=name)
+    if plan is None and location is not None:
+        yield from _attach(file, header, data, location, size=tables.file_size, uuid=uuid, name=name)
         data = bytes((yield Read(file, 0, HEADER_READ)))
-    disk = yield from _build(
+    disk = _build(
         file,
         background,
         header,
         data,
+        tables=tables,
+        overlaps=overlaps,
         plan=plan,
         location=location,
         settings=settings,
@@ -187,22 +197,23 @@ def _overlay(data: bytearray, offset: int, plan: ReplayPlan | None) -> bytearray
     return data
 
 
-def _build(
-    file: Storage,
-    background: Storage,
-    header: Header,
-    data: bytes,
-    *,
-    plan: ReplayPlan | None,
-    location: Location | None,
-    settings: Settings,
-    read_only: bool,
-    backing: Layer | None,
-    uuid: bytes,
-    name: str,
-) -> Operation[Disk]:
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """What everything hangs on, with the journal's sectors laid over it."""
+
+    l1: Table
+    """As far as the disk needs it."""
+    reftable: Table
+    last: int
+    """One past the last host cluster with a refcount; 1 where nobody will write."""
+    file_size: int
+
+
+def _read_tables(
+    file: Storage, header: Header, plan: ReplayPlan | None, *, read_only: bool, name: str
+) -> Operation[_Tables]:
     geometry = header.geometry
-    l1_bytes = -(-header.l1_entries * 8 // SECTOR) * SECTOR
+    l1_bytes = -(-geometry.l1_entries * 8 // SECTOR) * SECTOR
     table_bytes = header.refcount_table_clusters * geometry.cluster_size
     if header.l1_entries < geometry.l1_entries or l1_bytes > MAX_L1_BYTES:
         raise ImageError("L1 table too small or too large", where=name, found=header.l1_entries)
@@ -211,44 +222,76 @@ def _build(
             "refcount table too large", where=name, expected=f"at most {MAX_REFTABLE_BYTES}", found=table_bytes
         )
     l1_data = _overlay((yield Read(file, header.l1_offset, l1_bytes)), header.l1_offset, plan)
-    l1 = Table(header.l1_offset, table_from_bytes(l1_data))
     ref_data = _overlay(
         (yield Read(file, header.refcount_table_offset, table_bytes)), header.refcount_table_offset, plan
     )
     reftable = Table(header.refcount_table_offset, table_from_bytes(ref_data))
+    file_size = yield FileSize(file)
+    # Reading needs no refcounts, and none of what may be wrong with them is in its way.
+    last = 1
+    if not read_only:
+        sectors = plan.sectors if plan is not None else {}
+        last = yield from _last_used(file, geometry, reftable, sectors, file_size=file_size, name=name)
+    return _Tables(Table(header.l1_offset, table_from_bytes(l1_data)), reftable, last, file_size)
+
+
+def _find_overlaps(
+    file: Storage, header: Header, tables: _Tables, location: Location | None, *, read_only: bool, name: str
+) -> Operation[Overlaps]:
+    """What metadata lies where. Raises ImageError where that cannot be."""
+    geometry, bits = header.geometry, header.geometry.cluster_bits
+    ring = (location.offset >> bits, -(-(location.offset + location.length) >> bits)) if location else (0, 0)
+    l1 = (header.l1_offset >> bits, (header.l1_offset + header.l1_entries * 8 - 1 >> bits) + 1)
+    overlaps = Overlaps(geometry, ring=ring, l1=l1 if header.l1_entries else (0, 0), name=name)
+    if not read_only:
+        table = header.refcount_table_offset >> bits
+        overlaps.read(
+            (table, table + header.refcount_table_clusters), tables.reftable.entries,
+            tables.l1.entries[: geometry.l1_entries], end=-(-tables.file_size >> bits),
+        )  # fmt: skip
+        if header.snapshot_count:
+            begin = header.snapshots_offset
+            _keep_snapshots(overlaps, header, bytes((yield Read(file, begin, SNAPSHOTS_READ))), name=name)
+    return overlaps
+
+
+def _build(
+    file: Storage,
+    background: Storage,
+    header: Header,
+    data: bytes,
+    *,
+    tables: _Tables,
+    overlaps: Overlaps,
+    plan: ReplayPlan | None,
+    location: Location | None,
+    settings: Settings,
+    read_only: bool,
+    backing: Layer | None,
+    uuid: bytes,
+    name: str,
+) -> Disk:
+    geometry = header.geometry
     ring = Ring(location or Location(0, SLOTS_LENGTH + MIN_RING), geometry, uuid=uuid)
     epochs = Epochs()
     log = Log(file, ring, geometry, epochs)
     cache = TableCache(file, table_size=geometry.cluster_size, limit_bytes=settings.l2_cache, home=log.home, name=name)
     log.on_stale = cache.mark_stale
-    bits = geometry.cluster_bits
-    size = yield FileSize(file)
-    # Reading needs no refcounts, and none of what may be wrong with them is in its way.
-    last = 1 if read_only else (yield from _last_used(file, header, reftable, plan, name=name))
-    ring_clusters = (location.offset >> bits, -(-(location.offset + location.length) >> bits)) if location else (0, 0)
-    end = max(last, -(-size >> bits), ring_clusters[1])
-    l1_clusters = (header.l1_offset >> bits, (header.l1_offset + header.l1_entries * 8 - 1 >> bits) + 1)
-    overlaps = Overlaps(geometry, ring=ring_clusters, l1=l1_clusters if header.l1_entries else (0, 0), name=name)
-    if not read_only:
-        table = header.refcount_table_offset >> bits
-        overlaps.read(
-            (table, table + header.refcount_table_clusters), reftable.entries, l1.entries, end=-(-size >> bits)
-        )
-        if header.snapshot_count:
-            begin = header.snapshots_offset
-            _keep_snapshots(overlaps, header, bytes((yield Read(file, begin, SNAPSHOTS_READ))), name=name)
     allocator = Allocator(
-        background, log, cache, geometry, reftable=reftable, header=HeaderSector(data[:SECTOR]), ring=ring_clusters,
-        end=end, discard=settings.discard, overlaps=overlaps,
+        background, log, cache, geometry, reftable=tables.reftable, header=HeaderSector(data[:SECTOR]),
+        ring=overlaps.ring, end=max(tables.last, -(-tables.file_size >> geometry.cluster_bits), overlaps.ring[1]),
+        discard=settings.discard, overlaps=overlaps,
     )  # fmt: skip
+    mapping = Mapping(
+        geometry, tables.l1, cache, name=name,
+        ring=(location.offset, location.offset + location.length) if location else (0, 0),
+    )  # fmt: skip
+    if not read_only:
+        allocator.counted = Counted(mapping, allocator, file, list(overlaps.snapshots))
     disk = Disk(
-        name=name, geometry=geometry, file=file, background=background,
-        mapping=Mapping(
-            geometry, l1, cache, name=name,
-            ring=(location.offset, location.offset + location.length) if location else (0, 0),
-        ),
-        cache=cache, allocator=allocator, log=log, backing=backing, compression_type=header.compression_type,
-        settings=settings, read_only=read_only,
+        name=name, geometry=geometry, file=file, background=background, mapping=mapping, cache=cache,
+        allocator=allocator, log=log, backing=backing, compression_type=header.compression_type, settings=settings,
+        read_only=read_only,
     )  # fmt: skip
     if plan is not None:
         _adopt(disk, plan)
@@ -273,7 +316,9 @@ def _keep_snapshots(overlaps: Overlaps, header: Header, table: bytes, *, name: s
     overlaps.keep(header.snapshots_offset, snapshots[-1].end - header.snapshots_offset, "the snapshot table")
     for each in snapshots:
         if 0 < each.l1_offset < MAX_HOST_OFFSET and each.l1_entries:
-            overlaps.keep(each.l1_offset, min(each.l1_entries * 8, MAX_L1_BYTES), "the L1 table of a snapshot")
+            length = min(each.l1_entries * 8, MAX_L1_BYTES)
+            overlaps.keep(each.l1_offset, length, "the L1 table of a snapshot")
+            overlaps.snapshots.add((each.l1_offset, length // 8))
 
 
 def _adopt(disk: Disk, plan: ReplayPlan) -> None:
@@ -301,25 +346,39 @@ def _adopt(disk: Disk, plan: ReplayPlan) -> None:
     disk.replayed_transactions = len(plan.transactions)
 
 
-def _last_used(file: Storage, header: Header, reftable: Table, plan: ReplayPlan | None, *, name: str) -> Operation[int]:
-    """One past the last host cluster with a refcount."""
-    geometry = header.geometry
+def _last_used(
+    file: Storage, geometry: Geometry, reftable: Table, sectors: dict[int, tuple[bytes, int]], *, file_size: int,
+    name: str,
+) -> Operation[int]:  # fmt: skip
+    """One past the last host cluster with a refcount; `sectors` is what is not home yet."""
+    size = geometry.cluster_size
     entries = reftable.entries
+    empty: set[int] = set()
     for index in range(len(entries) - 1, -1, -1):
         offset = entries[index] & REFTABLE_OFFSET_MASK
-        if not offset:
+        # One behind the end of the file is taken as not there (overlap.py).
+        if not offset or offset in empty or offset >= file_size:
             continue
-        if offset % geometry.cluster_size:
+        if offset % size:
             raise ImageError("refcount block is not aligned", where=f"{name}, entry {index}", found=offset)
-        data = _overlay((yield Read(file, offset, geometry.cluster_size)), offset, plan)
+        if not sectors or not any(at in sectors for at in range(offset, offset + size, SECTOR)):
+            # A table of blocks in a hole, each of them megabytes of nothing, would take for ever to read.
+            runs = yield DataRuns(file, offset, size)
+            if not any(data for _, data in runs):
+                empty.add(offset)
+                continue
+        data = yield Read(file, offset, size)
+        for at in range(0, size, SECTOR) if sectors else ():
+            if (entry := sectors.get(offset + at)) is not None:
+                data[at : at + SECTOR] = entry[0]
         stripped = len(data.rstrip(b"\0"))
         if stripped:
             block = RefcountBlock(offset, data, geometry.refcount_order)
-            per = geometry.refcount_block_entries
-            high = min(per, -(-stripped * 8 // geometry.refcount_bits))
+            high = min(geometry.refcount_block_entries, -(-stripped * 8 // geometry.refcount_bits))
             while high and not block.get(high - 1):
                 high -= 1
-            return index * per + high
+            return index * geometry.refcount_block_entries + high
+        empty.add(offset)
     return 1
 
 
@@ -343,30 +402,29 @@ def _stages(file: Storage, plan: HeaderPlan) -> Operation[None]:
         yield Sync(file)
 
 
-def _attach(
-    file: Storage, header: Header, data: bytes, settings: Settings, uuid: bytes, *, name: str
-) -> Operation[Location]:
-    """Put an empty journal behind everything that is used, then say so in the header."""
-    geometry = header.geometry
-    table_bytes = header.refcount_table_clusters * geometry.cluster_size
-    if table_bytes > MAX_REFTABLE_BYTES:
-        raise ImageError(
-            "refcount table too large", where=name, expected=f"at most {MAX_REFTABLE_BYTES}", found=table_bytes
-        )
-    reftable = Table(
-        header.refcount_table_offset, table_from_bytes((yield Read(file, header.refcount_table_offset, table_bytes)))
-    )
-    last = yield from _last_used(file, header, reftable, None, name=name)
-    size = yield FileSize(file)
-    if last * geometry.cluster_size > 2 * size + FAR_BEHIND:
+def _place_journal(header: Header, tables: _Tables, settings: Settings, *, name: str) -> Location:
+    """Behind everything that is used, and behind the file. Raises ImageError."""
+    geometry, size = header.geometry, tables.file_size
+    used = tables.last * geometry.cluster_size
+    if used > 2 * size + FAR_BEHIND:
         raise ImageError(
             "refcounts say that clusters far behind the end of the file are in use; qemu-img check -r all mends them",
-            where=name, expected=f"at most about {size} bytes", found=last * geometry.cluster_size,
+            where=name, expected=f"at most about {size} bytes", found=used,
         )  # fmt: skip
+    # A table may end behind the end of the file, where it reads as zeros.
+    end = max(
+        used, size, header.l1_offset + header.l1_entries * 8, tables.reftable.host_offset + tables.reftable.length
+    )
     unit = max(geometry.cluster_size, ALIGNMENT)
-    offset = -(-max(last * geometry.cluster_size, size) // unit) * unit
     length = -(-settings.journal_size // ALIGNMENT) * ALIGNMENT
-    location = Location(offset, SLOTS_LENGTH + max(length, MIN_RING))
+    return Location(-(-end // unit) * unit, SLOTS_LENGTH + max(length, MIN_RING))
+
+
+def _attach(
+    file: Storage, header: Header, data: bytes, location: Location, *, size: int, uuid: bytes, name: str
+) -> Operation[None]:
+    """Put an empty journal behind a file of `size` bytes, then say so in the header."""
+    geometry = header.geometry
     header_plan = plan_attach(data[: max(geometry.cluster_size, SECTOR)], location.to_bytes())
     # The ring is written with real zeros: a synchronous write into blocks that the host file system must first
     # allocate or convert would cost a commit of the file system as well.
@@ -391,7 +449,6 @@ def _attach(
             ) from error
         raise
     yield from _stages(file, header_plan)
-    return location
 
 
 def detach(disk: Disk) -> Operation[None]:
@@ -402,6 +459,9 @@ def detach(disk: Disk) -> Operation[None]:
     """
     log = disk.log
     log.check()
+    if disk.allocator.counted is not None:
+        # Order: before the drain, which makes durable what this may find.
+        yield from disk.allocator.counted.go_on(COUNTED_AT_CLOSE)
     yield from drain(disk)
     geometry, file = disk.geometry, disk.file
     location = log.ring.location
@@ -417,31 +477,26 @@ def detach(disk: Disk) -> Operation[None]:
 
 
 def _tidy(disk: Disk, location: Location) -> Operation[None]:
-    """Give back the ring, the pool and the free tail of the file; the image is plain already."""
+    """Give back the ring, the pool and the free tail of the file; the image is plain already.
+
+    What was there before the journal was attached is cut off only where all that the tables name has a refcount.
+    """
     geometry, file = disk.geometry, disk.file
     size = geometry.cluster_size
-    last = 1
-    entries = disk.allocator.reftable.entries
-    for index in range(len(entries) - 1, -1, -1):
-        if not entries[index] & REFTABLE_OFFSET_MASK:
-            continue
-        block = yield from disk.allocator.load_block(index * geometry.refcount_block_entries)
-        if block is None or not any(block.data):
-            continue
-        high = geometry.refcount_block_entries
-        while not block.get(high - 1):
-            high -= 1
-        last = index * geometry.refcount_block_entries + high
-        break
     if disk.corrupt:
         # Refcounts that may be wrong say nothing of what may be cut off.
         return
-    overlaps = disk.allocator.overlaps
+    overlaps, counted = disk.allocator.overlaps, disk.allocator.counted
+    file_size = yield FileSize(file)
+    last = yield from _last_used(
+        file, geometry, disk.allocator.reftable, disk.log.home, file_size=file_size, name=disk.name
+    )
     last = max(
         last, overlaps.l1[1], overlaps.reftable[1], max(overlaps.tables, default=0) + 1,
         max(overlaps.blocks, default=0) + 1,
     )  # fmt: skip
-    file_size = yield FileSize(file)
+    if counted is None or not counted.holds:
+        last = max(last, location.offset // size)
     if last * size < file_size:
         yield Truncate(file, last * size)
     free = sorted(each for each in disk.allocator.pool if each < last)

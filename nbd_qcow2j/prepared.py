@@ -59,15 +59,7 @@ class Prepared:
         disk = self.disk
         index = cluster // disk.geometry.l2_entries
         offset = disk.mapping.l2_offset(cluster)
-        overlaps, host = disk.allocator.overlaps, offset >> disk.geometry.cluster_bits
-        named = overlaps.what_else(offset)
-        what = f"which is {named}" if named else ""
-        if offset and host not in overlaps.counted and not what:
-            yield from self.pin_block(host)
-            if disk.allocator.refcount(host):
-                overlaps.counted.add(host)
-            else:
-                what = "which has no refcount"
+        what = yield from disk.allocator.why_bad_table(offset)
         if what:
             self.found_corrupt(f"L1 entry {index} names host offset {offset}, {what}")
         promised = index in disk.table_tokens

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Final, Protocol, Self
 
-from .errors import ImageError
+from .errors import ImageError, printable
 from .locks import LockUse, acquire
 from .steps import Buffer
 
@@ -110,7 +110,7 @@ class FileStorage:
     def __init__(self, fd: int, name: str, *, read_only: bool) -> None:
         """Takes over the descriptor; `open` is the usual way in."""
         self._fd = fd
-        self.name = name
+        self.name = printable(name)
         self.read_only = read_only
         self.can_punch = not read_only
         self._has_dsync = True

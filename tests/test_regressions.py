@@ -98,7 +98,7 @@ def test_a_page_is_not_larger_than_its_cluster(tmp_path: Path) -> None:
     # Breakage: geometry.py
     # - return min(MAX_PAGE, self.cluster_size)
     # + return MAX_PAGE
-    case = Case("plain", SMALL, tmp_path)
+    case = Case("plain", replace(SMALL, journal=1 << 18), tmp_path)
     life = case.start()
     life.write(8, 7, pending=True)
     life.flush()

@@ -13,7 +13,7 @@ from typing import Final
 
 import construct as c
 
-from ..errors import ImageError
+from ..errors import ImageError, printable
 from ..geometry import Geometry
 from .tables import MAX_HOST_OFFSET
 
@@ -138,8 +138,13 @@ def parse_header(data: bytes, *, file_size: int, name: str) -> Header:
     Limit: extensions and backing name are looked for in the first 64 KiB of larger clusters.
     """
     where = f"header of {name}"
-    if len(data) < FIXED.sizeof() or data[:4] != MAGIC or file_size < FIXED.sizeof():
-        raise ImageError(f"{name} is not a qcow2 image", expected=MAGIC.hex(), found=bytes(data[:4]).hex() or "nothing")
+    if file_size < FIXED.sizeof() or len(data) < FIXED.sizeof():
+        raise ImageError(
+            f"{name} is shorter than a qcow2 header", expected=f"at least {FIXED.sizeof()} bytes",
+            found=min(file_size, len(data)),
+        )  # fmt: skip
+    if data[:4] != MAGIC:
+        raise ImageError(f"{name} is not a qcow2 image", expected=MAGIC.hex(), found=bytes(data[:4]).hex())
     fixed = FIXED.parse(bytes(data[: FIXED.sizeof()]))
     if fixed.version not in (2, 3):
         raise ImageError("qcow2 version is not supported", where=where, expected="2 or 3", found=fixed.version)
@@ -189,8 +194,16 @@ def parse_header(data: bytes, *, file_size: int, name: str) -> Header:
                 found=f"{fixed.backing_length} bytes at {fixed.backing_offset}",
             )  # fmt: skip
         backing_name = bytes(data[fixed.backing_offset : name_end]) or None
+        if backing_name is not None and b"\0" in backing_name:
+            raise ImageError("backing file name has a zero byte, which no name has", where=where, found=backing_name)
     extensions = _extensions(data[: min(end, cluster_size)], length, where)
     formats = [each.data for each in extensions if each.type == EXTENSION_BACKING_FORMAT]
+    if len(set(formats)) > 1:
+        # Programs differ in which one counts: one would show as data what another follows as a chain.
+        raise ImageError(
+            "the format of the backing file is named more than once: name it again with qemu-img rebase -u -F",
+            where=where, expected="one", found=", ".join(map(repr, formats[:4])),
+        )  # fmt: skip
     if formats and len(formats[0]) > MAX_FORMAT_NAME:
         raise ImageError(
             "name of the backing file's format is too long", where=where,
@@ -288,7 +301,7 @@ def check_usable(header: Header, *, write: bool, name: str) -> None:
     Spec: "Header", incompatible features. The journal (bit 62) is known here.
     """
     bits = header.incompatible
-    quoted = shlex.quote(name)
+    name, quoted = printable(name), printable(shlex.quote(name))
     if header.crypt_method:
         raise ImageError(
             f"{name} is encrypted, which is not served: decrypt it into another image with qemu-img convert",

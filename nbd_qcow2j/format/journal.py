@@ -224,7 +224,8 @@ def encode_transaction(
         start = end = -1
         for offset, content in items:
             data.append(content)
-            if offset == end and end - start < MAX_LENGTH - (1 << 22):
+            # Sector 0 stands alone, also where the next cluster is the next sector: replay lets nothing else touch it.
+            if offset == end and end - start < MAX_LENGTH - (1 << 22) and (start or kind == GUEST_DATA):
                 end += len(content)
                 entries[-1] = (kind, end - start, start)
             else:
@@ -300,8 +301,12 @@ class Crc:
 
 
 def decode_transaction(head: TransactionHead, data: memoryview, *, page_size: int, where: str) -> list[Record]:
-    """The records of a transaction whose CRC holds. Raises ImageError for what we do not know how to replay."""
+    """The records of a transaction whose CRC holds. Raises ImageError for what we do not know how to replay.
+
+    Limit: data lies in the order of the descriptors and belongs to one each, so records hold no more than the ring.
+    """
     records: list[Record] = []
+    following = -(-(HEAD_LENGTH + DESCRIPTOR_LENGTH * head.descriptors) // BLOCK)
     for number in range(head.descriptors):
         kind, length, offset, block, _ = _DESCRIPTOR.unpack_from(data, HEAD_LENGTH + number * DESCRIPTOR_LENGTH)
         place = f"{where}, descriptor {number}"
@@ -312,6 +317,12 @@ def decode_transaction(head: TransactionHead, data: memoryview, *, page_size: in
             start = block * BLOCK
             if not length or length % unit or offset % unit or start + length > head.length:
                 raise ImageError("journal record is impossible", where=place, found=f"{length} bytes at {offset}")
+            if block < following:
+                raise ImageError(
+                    "journal record is impossible: its data is another's", where=place,
+                    expected=f"block {following} or a later one", found=block,
+                )  # fmt: skip
+            following = block + length // BLOCK
             records.append(Record(kind, offset, length, data[start : start + length]))
         elif kind in (REVOKE_HOST, REVOKE_GUEST):
             unit = BLOCK if kind == REVOKE_HOST else page_size

@@ -32,6 +32,7 @@ from .tables import HeaderSector, RefcountBlock, Table, TableCache
 if TYPE_CHECKING:
     from ..journal.log import Log
     from ..storage import Storage
+    from .counted import Counted
 
 MAX_REFTABLE_BYTES = 8 << 20
 """Limit: as in qemu."""
@@ -56,6 +57,8 @@ class Allocator:
         """First cluster of the file that was never looked at: it and all after it are free."""
         self.scan_at = 0
         self.scan_end = end
+        self.counted: Counted | None = None
+        """Whether what lies below `end` without a refcount is free indeed; None: nobody asks."""
         self.discard = discard
         self.pool: deque[int] = deque()
         self.tokens = 0
@@ -75,6 +78,10 @@ class Allocator:
         offset = entries[index] & REFTABLE_OFFSET_MASK if index < len(entries) else 0
         # A block on other metadata is taken as not there: what it would count is neither freed nor handed out.
         return 0 if offset >> self.geometry.cluster_bits in self.overlaps.bad_blocks else offset
+
+    def has_block(self, index: int) -> bool:
+        """Whether there is a refcount block of this index; where there is none, what it would count is free."""
+        return bool(self._block_offset(index))
 
     def _make_block(self, host_offset: int, data: bytearray) -> Table:
         return RefcountBlock(host_offset, data, self.geometry.refcount_order)
@@ -104,6 +111,18 @@ class Allocator:
         """Why what an L2 entry names must not be written or freed; empty where it may. Its block is loaded."""
         what = self.overlaps.what(cluster)
         return f"which is {what}" if what else "" if self.refcount(cluster) else "which has no refcount"
+
+    def why_bad_table(self, host_offset: int) -> Operation[str]:
+        """Why an L2 table must not be changed, nor what it names be written; empty where it may."""
+        if what := self.overlaps.what_else(host_offset):
+            return f"which is {what}"
+        host = host_offset >> self.geometry.cluster_bits
+        if host_offset and host not in self.overlaps.counted:
+            yield from self.load_block(host)
+            if not self.refcount(host):
+                return "which has no refcount"
+            self.overlaps.counted.add(host)
+        return ""
 
     def set_refcount(self, cluster: int, value: int) -> None:
         """Change a refcount and note it, in this hold. Its block was loaded and pinned."""
@@ -159,15 +178,24 @@ class Allocator:
             return
         self.growing = True
         try:
-            needed = count - self.available
-            try:
-                yield from self.grow_pool(max(self.grow_step, needed))
-            except OSError as error:
-                # Nearly full: there may be room for what is asked, if not for a stock.
-                if error.errno not in NO_ROOM or needed >= self.grow_step:
-                    raise
-                if self.available < count:
-                    yield from self.grow_pool(count - self.available)
+            while True:
+                needed = count - self.available
+                try:
+                    yield from self.grow_pool(max(self.grow_step, needed))
+                except OSError as error:
+                    if error.errno not in NO_ROOM:
+                        raise
+                    if self.scan_at < self.scan_end and self.counted is not None and not self.counted.finished:
+                        # There may be room in the file itself, if all of it may be asked for.
+                        yield from self.counted.go_on(self.geometry.clusters)
+                        if self.counted.holds:
+                            continue
+                    # Nearly full: there may be room for what is asked, if not for a stock.
+                    if needed >= self.grow_step:
+                        raise
+                    if self.available < count:
+                        yield from self.grow_pool(count - self.available)
+                break
         except OSError as error:
             if error.errno in NO_ROOM:
                 raise RequestError(errno.ENOSPC, f"no room in the host file system: {error.strerror}") from error
@@ -218,7 +246,8 @@ class Allocator:
                 if self.found:
                     chosen.append(self.found.popleft())
                     self.held.add(chosen[-1])
-                elif self.scan_at < self.scan_end:
+                # Order: asked before the first look, for what is found is made zero.
+                elif self.scan_at < self.scan_end and (self.counted is None or (yield from self.counted.go_on())):
                     yield from self._scan()
                 else:
                     break

@@ -7,11 +7,12 @@ disk. Names are relative to the image that names them. A chain has a bounded dep
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from ..errors import ImageError
+from ..errors import ImageError, printable
 from ..format.header import INCOMPAT_JOURNAL, Header, check_usable, parse_header
 from ..format.tables import NORMAL, OFFSET_MASK, UNALLOCATED, compressed_extent, table_from_bytes
 from ..steps import Compute, DataRuns, FileSize, Operation, Read, ReadInto, run_simply
@@ -83,7 +84,8 @@ class Qcow2Layer:
         cache = TableCache(
             storage, table_size=self.geometry.cluster_size, limit_bytes=CACHE_BYTES, home={}, name=self.name
         )
-        data = run_simply(_read(storage, header.l1_offset, header.l1_entries * 8))
+        # The table may claim to be longer than the disk needs: nothing there is ever looked up.
+        data = run_simply(_read(storage, header.l1_offset, self.geometry.l1_entries * 8))
         self.mapping = Mapping(self.geometry, Table(header.l1_offset, table_from_bytes(data)), cache, name=self.name)
 
     def read_into(self, view: memoryview, offset: int) -> Operation[None]:
@@ -188,7 +190,7 @@ def _identity(path: str) -> tuple[int, int]:
     try:
         found = os.stat(path)
     except OSError as error:
-        raise ImageError(f"backing file {path} cannot be opened: {error.strerror}") from None
+        raise ImageError(f"backing file {printable(path)} cannot be opened: {error.strerror}") from None
     return found.st_dev, found.st_ino
 
 
@@ -198,29 +200,33 @@ def _open(
     if header.backing_name is None:
         return None
     name = os.fsdecode(header.backing_name)
+    shown = printable(name)
     if policy == "deny":
-        raise ImageError(f"{image_path} has a backing file ({name}), and backing=deny refuses one")
+        raise ImageError(f"{printable(image_path)} has a backing file ({shown}), and backing=deny refuses one")
     head = name.split("/", 1)[0]
     if ":" in head and not name.startswith("file:"):
-        raise ImageError(f"backing file {name} of {image_path} is no plain path; name a file with qemu-img rebase -u")
+        raise ImageError(
+            f"backing file {shown} of {printable(image_path)} is no plain path; name a file with qemu-img rebase -u"
+        )
     path = os.path.join(os.path.dirname(os.path.abspath(image_path)), name.removeprefix("file:"))
     if header.backing_format is None:
         raise ImageError(
-            f"{image_path} does not say which format its backing file has, and it is not guessed: "
-            f"qemu-img rebase -u -f qcow2 -F FORMAT -b {name} {image_path}"
+            f"{printable(image_path)} does not say which format its backing file has, and it is not guessed: "
+            f"qemu-img rebase -u -f qcow2 -F FORMAT -b {printable(shlex.quote(name))} "
+            f"{printable(shlex.quote(image_path))}"
         )
     identity = _identity(path)
     if identity in chain:
-        raise ImageError(f"the backing chain of {image_path} is a loop: {path} is in it twice")
+        raise ImageError(
+            f"the backing chain of {printable(image_path)} is a loop: {printable(path)} is in it twice"
+        )
     if len(chain) > MAX_DEPTH:
-        raise ImageError(f"the backing chain is deeper than {MAX_DEPTH} files", where=image_path)
+        raise ImageError(f"the backing chain is deeper than {MAX_DEPTH} files", where=printable(image_path))
     if header.backing_format not in ("raw", "qcow2"):
         raise ImageError(
-            "format of the backing file is not served",
-            where=image_path,
-            expected="raw or qcow2",
-            found=header.backing_format,
-        )
+            "format of the backing file is not served", where=printable(image_path), expected="raw or qcow2",
+            found=printable(header.backing_format),
+        )  # fmt: skip
     storage = opener(path)
     try:
         if header.backing_format == "raw":
@@ -228,7 +234,10 @@ def _open(
         below = run_simply(_header(storage))
         check_usable(below, write=False, name=path)
         if below.incompatible & INCOMPAT_JOURNAL:
-            raise ImageError(f"backing file {path} was not closed cleanly: nbd-qcow2j recover {path}")
+            raise ImageError(
+                f"backing file {printable(path)} was not closed cleanly: nbd-qcow2j recover "
+                f"{printable(shlex.quote(path))}"
+            )
         return Qcow2Layer(storage, below, _open(below, path, policy, opener, [*chain, identity]))
     except BaseException:
         storage.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ..errors import ImageError
+from ..errors import ImageError, printable
 
 MAX_MESSAGES: Final = 200
 MAX_FAILURES: Final = 20
@@ -64,7 +64,7 @@ class CheckReport:
         self.check_errors += times
         self.failures += 1
         if self.failures <= MAX_FAILURES:
-            self.messages.append(f"ERROR {message}")
+            self.messages.append(printable(f"ERROR {message}"))
         else:
             self.messages_left_out += 1
 
@@ -76,6 +76,6 @@ class CheckReport:
     def say(self, message: str) -> None:
         """Keep a message, or count it where there are enough."""
         if len(self.messages) < MAX_MESSAGES:
-            self.messages.append(message)
+            self.messages.append(printable(message))
         else:
             self.messages_left_out += 1

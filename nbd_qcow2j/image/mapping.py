@@ -95,13 +95,24 @@ class Mapping:
                     "L2 entry is impossible", where=f"guest cluster {cluster} of {self.name}",
                     expected=f"a multiple of {self.geometry.cluster_size}, no reserved bits", found=hex(entry),
                 )  # fmt: skip
+            if bitmap and (bitmap & bitmap >> 32 or (bitmap & ALL_SUBCLUSTERS and not entry & OFFSET_MASK)):
+                self._refuse_bitmap(cluster, "none allocated that is zero as well, or without a cluster", bitmap)
             if self.ring_low <= entry & OFFSET_MASK < self.ring_high:
                 self._refuse_ring(cluster, entry)
-        elif self.ring_high:
+            return entry, bitmap
+        if bitmap:
+            self._refuse_bitmap(cluster, "none for a compressed cluster", bitmap)
+        if self.ring_high:
             offset, length = compressed_extent(entry, self.geometry.cluster_bits)
             if offset < self.ring_high and offset + length > self.ring_low:
                 self._refuse_ring(cluster, entry)
         return entry, bitmap
+
+    def _refuse_bitmap(self, cluster: int, expected: str, bitmap: int) -> NoReturn:
+        raise ImageError(
+            "subcluster bitmap is impossible", where=f"guest cluster {cluster} of {self.name}", expected=expected,
+            found=hex(bitmap),
+        )  # fmt: skip
 
     def _refuse_ring(self, cluster: int, entry: int) -> NoReturn:
         raise ImageError(

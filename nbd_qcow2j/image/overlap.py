@@ -9,19 +9,21 @@ or to drop a reference asks here first (`changes.Prepared`), and the allocator n
     refcount block  it lies on other metadata or behind the end of the file, or two entries name it: taken as not
                  there, so all that it counts has no refcount, is never freed and never handed out
 
-What is not seen without counting all references (two L2 entries with one data cluster, an active entry on a
-snapshot's L2 table) is `check`'s to find.
+A data cluster without a refcount that nobody writes to is met by counted.py, before it is handed out. What is not
+seen without counting all references (two L2 entries with one data cluster, an active entry on a snapshot's L2 table)
+is `check`'s to find.
 
 Crash: nothing here is on disk. A mark that a cut took away is made again when the damage is met again.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Final
 
 from ..errors import ImageError
-from ..format.tables import OFFSET_MASK, REFTABLE_OFFSET_MASK
+from ..format.tables import OFFSET_MASK
 from ..geometry import Geometry
 
 MAX_KEPT: Final = 1 << 18
@@ -40,6 +42,9 @@ class Overlaps:
         self.blocks: set[int] = set()
         self.kept: dict[int, str] = {}
         """Clusters of the snapshot table and of the snapshots' L1 tables."""
+        self.snapshots: set[tuple[int, int]] = set()
+        """(host offset, entries) of the snapshots' L1 tables."""
+        self._keepable = MAX_KEPT
         self.counted: set[int] = set()
         """Clusters of L2 tables that were seen to have a refcount: whoever changes a table asks once."""
         self.bad_tables: set[int] = set()
@@ -50,7 +55,7 @@ class Overlaps:
 
         `end` is the length of the file in clusters: a new block is durable, and so in the file, before its entry is.
 
-        Raises ImageError where the tables that everything hangs on lie on each other.
+        Raises ImageError where the tables that everything hangs on lie on each other, or are too many.
         """
         self.reftable = reftable
         ranges = [("header", (0, 1)), ("journal", self.ring), ("L1 table", self.l1), ("refcount table", reftable)]
@@ -62,28 +67,43 @@ class Overlaps:
                         f"the {what} lies on the {other}; qemu-img check -r all may mend it, reading may go on with "
                         "--read-only", where=self.name, found=f"host clusters {low} to {high}, {from_} to {to}",
                     )  # fmt: skip
-        for entry in filter(None, blocks):
-            offset = entry & REFTABLE_OFFSET_MASK
-            cluster = offset >> self.bits
-            if entry != offset or offset & ((1 << self.bits) - 1) or cluster >= end:
-                self.bad_blocks.add(cluster)
-            if cluster in self.blocks or self._fixed(cluster):
-                self.bad_blocks.add(cluster)
-            self.blocks.add(cluster)
-        for entry in filter(None, tables):
-            cluster = (entry & OFFSET_MASK) >> self.bits
-            if cluster in self.tables or cluster in self.blocks or self._fixed(cluster):
-                self.bad_tables.add(cluster)
-            if cluster in self.blocks:
-                self.bad_blocks.add(cluster)
-            self.tables.add(cluster)
+        named = [entry for entry in blocks if entry]
+        self.blocks, self.bad_blocks = self._distinct([entry >> self.bits for entry in named], end, "refcount blocks")
+        self.bad_blocks |= {
+            entry >> self.bits for entry in set(named) if entry & ((1 << self.bits) - 1) or entry >> self.bits >= end
+        }
+        self.tables, self.bad_tables = self._distinct(
+            [(entry & OFFSET_MASK) >> self.bits for entry in tables if entry], end, "L2 tables"
+        )
+        both = self.tables & self.blocks
+        self.bad_blocks |= both
+        self.bad_tables |= both
+
+    def _distinct(self, clusters: list[int], end: int, what: str) -> tuple[set[int], set[int]]:
+        """The clusters, and those of them that are named twice or are something else. Raises ImageError."""
+        # Limit: tables that do not lie on each other are no more than the file has clusters.
+        if len(clusters) > end:
+            raise ImageError(
+                f"more {what} than the file has clusters; qemu-img check -r all may mend it, reading may go on with "
+                "--read-only", where=self.name, expected=f"at most {end}", found=len(clusters),
+            )  # fmt: skip
+        distinct = set(clusters)
+        bad: set[int] = set()
+        if len(distinct) < len(clusters):
+            bad.update(cluster for cluster, times in Counter(clusters).items() if times > 1)
+        for low, high in ((0, 1), self.ring, self.l1, self.reftable):
+            bad |= distinct.intersection(range(low, high)) if high - low < len(distinct) else {
+                cluster for cluster in distinct if low <= cluster < high
+            }
+        return distinct, bad
 
     def keep(self, offset: int, length: int, what: str) -> None:
         """Take in something of the snapshots, bytes [offset, offset + length)."""
-        for cluster in range(offset >> self.bits, (offset + length - 1 >> self.bits) + 1):
-            if len(self.kept) >= MAX_KEPT:
-                return
-            self.kept[cluster] = what
+        first, end = offset >> self.bits, (offset + length - 1 >> self.bits) + 1
+        # Limit: counted also where it is kept already, or snapshots with one table would take for ever.
+        self._keepable -= end - first
+        if self._keepable >= 0:
+            self.kept.update(dict.fromkeys(range(first, end), what))
 
     def _fixed(self, cluster: int) -> str:
         if cluster == 0:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from ..errors import ImageError
 from ..format.header import INCOMPAT_CORRUPT, INCOMPAT_DIRTY, Header
@@ -28,6 +29,9 @@ from .check import References, counted_references
 from .findings import Incomplete
 from .snapshots import Reader
 from .tables import RefcountBlock, Table
+
+BLOCKS_KEPT = 8
+"""Refcount blocks that did not change and are in memory."""
 
 
 @dataclass
@@ -62,15 +66,22 @@ def plan_repair(header: Header, read: Reader, *, file_size: int, name: str, ever
     geometry = header.geometry
     per, size = geometry.refcount_block_entries, geometry.cluster_size
     final: dict[int, RefcountBlock] = {}
+    """Blocks that change, as they will be."""
     references = check.references
+
+    @lru_cache(maxsize=BLOCKS_KEPT)
+    def load(index: int) -> RefcountBlock:
+        return RefcountBlock(blocks[index], bytearray(read(blocks[index], size)), geometry.refcount_order)
+
     for index, offset in enumerate(blocks):
         first = index * per
-        if not offset:
+        # One that counts nothing but what lies behind all that is named has nothing to say.
+        if not offset or first >= check.clusters:
             continue
-        block = RefcountBlock(offset, bytearray(read(offset, size)), geometry.refcount_order)
+        block = load(index)
         before = bytes(block.data)
         lower: list[tuple[int, int]] = []
-        for at in range(max(0, min(per, check.clusters - first))):
+        for at in range(min(per, check.clusters - first)):
             refcount, wanted = block.get(at), min(references.get(first + at), geometry.max_refcount)
             if refcount < wanted and everything:
                 block.set(at, wanted)
@@ -80,13 +91,19 @@ def plan_repair(header: Header, read: Reader, *, file_size: int, name: str, ever
         raised += _changed_sectors(offset, before, middle)
         for at, wanted in lower:
             block.set(at, wanted)
-        lowered += _changed_sectors(offset, middle, bytes(block.data))
-        final[index] = block
+        after = bytes(block.data)
+        lowered += _changed_sectors(offset, middle, after)
+        if after != before:
+            final[index] = block
+
+    def has_block(index: int) -> bool:
+        return index < len(blocks) and bool(blocks[index])
+
     missing = sum(
         1
         for chunk in references.chunks
         for cluster in range(chunk * 256, chunk * 256 + 256)
-        if cluster // per not in final and references.get(cluster)
+        if not has_block(cluster // per) and references.get(cluster)
     )
     if missing:
         plan.left.append(f"{missing} clusters in use have no refcount block: qemu-img check -r all makes one")
@@ -94,7 +111,8 @@ def plan_repair(header: Header, read: Reader, *, file_size: int, name: str, ever
         plan.left.append(f"{impossible} entries are impossible and stay as they are; leaks are kept for their sake")
 
     def refcount_of(cluster: int) -> int:
-        block = final.get(cluster // per)
+        index = cluster // per
+        block = final.get(index) or (load(index) if has_block(index) else None)
         return block.get(cluster % per) if block is not None else 0
 
     flags = _flags(check, refcount_of, read) if everything else []

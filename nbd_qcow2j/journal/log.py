@@ -115,8 +115,11 @@ class Log:
         self.on_pressure()
         yield Wait(self.room_gate)
 
-    def take_credits(self, cost: int) -> Operation[None]:
-        """Wait until the ring has room for `cost` bytes more, and take them. Raises DeviceFailed, RequestError."""
+    def take_credits(self, cost: int, clusters: int = 0) -> Operation[None]:
+        """Wait until the ring has room for `cost` bytes more, and take them; `clusters` may become pending.
+
+        Raises DeviceFailed, RequestError.
+        """
         ring, starved = self.ring, self.starvations
         while True:
             self.check()
@@ -129,8 +132,9 @@ class Log:
                 else:
                     yield from self.wait_for_room(starved)
                 continue
-            if ring.has_room(running=self.running.size, cost=cost):
+            if ring.has_room(running=self.running.size, cost=cost, clusters=clusters):
                 ring.outstanding += cost
+                ring.coming += clusters
                 return
             yield from self.wait_for_room(starved)
 
@@ -142,8 +146,9 @@ class Log:
         ring.outstanding += cost
         return True
 
-    def return_credits(self, cost: int) -> None:
+    def return_credits(self, cost: int, clusters: int = 0) -> None:
         self.ring.outstanding -= cost
+        self.ring.coming -= clusters
         self.room_gate.open()
 
     # ---- commit

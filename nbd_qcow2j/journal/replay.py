@@ -30,6 +30,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 from ..errors import ImageError
@@ -258,25 +259,28 @@ class _Revokes:
     """The newest revoke of each range: few ranges are many pages, so ranges are kept, not pages."""
 
     def __init__(self) -> None:
-        self.ranges: list[tuple[int, int, int]] = []
         self.starts: list[int] = []
+        self.sequences: list[int] = []
+        """Of the newest revoke from `starts` on to the next."""
 
     def build(self, found: list[tuple[int, int, int]]) -> None:
         """`found`: (start, end, sequence) in any order, overlapping."""
-        edges = sorted({edge for start, end, _ in found for edge in (start, end)})
-        newest = dict.fromkeys(edges, 0)
-        for start, end, sequence in sorted(found, key=lambda each: each[2]):
-            at = bisect_right(edges, start) - 1
-            while edges[at] < end:
-                newest[edges[at]] = sequence
-                at += 1
-        self.starts = edges
-        self.ranges = [(edge, 0, newest[edge]) for edge in edges]
+        self.starts = sorted({edge for start, end, _ in found for edge in (start, end)})
+        waiting = sorted(found, reverse=True)
+        covering: list[tuple[int, int]] = []
+        for edge in self.starts:
+            while waiting and waiting[-1][0] <= edge:
+                _, end, sequence = waiting.pop()
+                heappush(covering, (-sequence, end))
+            # Each range is put in and taken out once, however many lie over each other.
+            while covering and covering[0][1] <= edge:
+                heappop(covering)
+            self.sequences.append(-covering[0][0] if covering else 0)
 
     def newest(self, offset: int) -> int:
         """Sequence of the newest revoke that covers `offset`; 0 where none does."""
         at = bisect_right(self.starts, offset) - 1
-        return self.ranges[at][2] if at >= 0 else 0
+        return self.sequences[at] if at >= 0 else 0
 
 
 def _apply(

@@ -7,7 +7,9 @@ never wrap; `place` turns them into offsets in the file.
       in the ring         free
 
 Credits: an operation takes its worst case before it takes anything else. `reserve` belongs to what frees the
-tail: it covers one running transaction of the largest size and the links that send the tail's pages home.
+tail: one running transaction of the largest size; the links that send one transaction's pages home; and, as sending
+all that is pending home may take more of the ring than it frees, what that is: with pages of 512 bytes a link is
+larger than the page's record. So it grows with the clusters that are pending.
 
     Invariant: used + running + outstanding + reserve <= length for whoever is not freeing the tail.
 """
@@ -15,15 +17,20 @@ tail: it covers one running transaction of the largest size and the links that s
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
-from ..format.journal import ALIGNMENT, DESCRIPTOR_LENGTH, Location, Slot
-from ..geometry import Geometry
+from ..format.journal import ALIGNMENT, DESCRIPTOR_LENGTH, HEAD_LENGTH, Location, Slot
+from ..geometry import SECTOR, Geometry
 from .transaction import BASE_COST, SECTOR_COST, CommittedTransaction
 
-HOME_SECTORS = 8
-"""Metadata sectors that sending one cluster home can change: its L2 entry, the refcounts of the old and the
-new cluster (a compressed one lies in two or more), the L1 entry, a new L2 table's and its predecessor's refcounts."""
+MOST_COMPARED = 256
+"""Pages of a transaction up to which its length is compared with that of its links: beyond, rounding is nothing."""
+HOME_SECTORS = 7
+"""Metadata sectors that sending one cluster home can change: its L2 entry, the refcounts of the new and the
+old cluster (a compressed one lies in neighbours: two sectors), the L1 entry, a new L2 table's and its predecessor's
+refcounts."""
+PAGES_AT_ONCE = 64
+"""Pages that one operation may make pending."""
 
 
 class Ring:
@@ -46,19 +53,41 @@ class Ring:
         self.max_transaction = max(
             self.length // 16, BASE_COST + 2 * page_cost, BASE_COST + 2 * HOME_SECTORS * SECTOR_COST
         )
-        pages = max(1, (self.max_transaction - BASE_COST) // page_cost)
         self.home_cost = HOME_SECTORS * SECTOR_COST + DESCRIPTOR_LENGTH
         slack = 8 * SECTOR_COST
         """What growing the pool notes without credits."""
-        self.reserve = min(self.max_transaction + BASE_COST + slack + pages * self.home_cost, self.length * 3 // 4)
+        self._fixed_reserve = self.max_transaction + BASE_COST + slack
+        self._most_linked = max(1, (self.max_transaction - BASE_COST) // page_cost)
+        """Clusters that one transaction's pages may be of."""
+        self._growth = _growth(self.page_size, self._most_linked)
+        self.waiting: Sized = ()
+        """The clusters that are pending; the pending table's own."""
+        self.coming = 0
+        """Clusters that operations in flight may make pending."""
+        self.most_cost = min(self.max_transaction - BASE_COST, self.max_transaction // 2 + ALIGNMENT)
+        """The largest cost that an operation takes."""
+        # Each cluster more takes this much of the room: some must fit into an empty ring, or nobody could write.
+        room = (self.length - self._fixed_reserve - self.most_cost) // 2
+        most = room // (page_cost + self.home_cost + self._growth)
+        self.pages_at_once = max(1, min(PAGES_AT_ONCE, (self.max_transaction - BASE_COST) // 2 // page_cost, most))
 
     @property
     def used(self) -> int:
         return self.head - self.tail
 
-    def has_room(self, *, running: int, cost: int) -> bool:
-        """Whether an operation that needs `cost` bytes may have them."""
-        return self.used + running + self.outstanding + cost + self.reserve <= self.length
+    def reserve_for(self, clusters: int) -> int:
+        """What must be free where so many clusters are pending."""
+        linked = clusters if clusters < self._most_linked else self._most_linked
+        return self._fixed_reserve + linked * self.home_cost + clusters * self._growth
+
+    @property
+    def reserve(self) -> int:
+        return self.reserve_for(len(self.waiting) + self.coming)
+
+    def has_room(self, *, running: int, cost: int, clusters: int = 0) -> bool:
+        """Whether an operation that needs `cost` bytes, and may make so many clusters pending, may have them."""
+        reserve = self.reserve_for(len(self.waiting) + self.coming + clusters)
+        return self.used + running + self.outstanding + cost + reserve <= self.length
 
     def place(self, position: int, length: int) -> Sequence[tuple[int, int]]:
         """The (file offset, length) pieces of a range of positions: one, or two where it wraps."""
@@ -113,3 +142,21 @@ class Ring:
             last = self.transactions.popleft()
             self.tail, self.tail_crc = last.end, last.crc
         self.generation = generation
+
+
+def _growth(page_size: int, most: int) -> int:
+    """Bytes by which the ring may fill, for each cluster, when a transaction of up to `most` pages is sent home.
+
+    The links of its pages are committed, then the tail passes it.
+    """
+
+    def length(entries: int, data: int) -> int:
+        blocks = -(-(HEAD_LENGTH + DESCRIPTOR_LENGTH * entries) // SECTOR)
+        return -(-(blocks * SECTOR + data) // ALIGNMENT) * ALIGNMENT
+
+    # Fewest descriptors: pages that follow each other are one. Most: no sector follows another, each page is revoked.
+    grown = 0
+    for count in range(1, min(most, MOST_COMPARED) + 1):
+        links = length((HOME_SECTORS + 1) * count, HOME_SECTORS * count * SECTOR)
+        grown = max(grown, -(-(links - length(1, count * page_size)) // count))
+    return grown

@@ -1,0 +1,163 @@
+"""Whether all that the tables name has a refcount: asked before free clusters of the file are used or cut off.
+
+A cluster without a refcount is free, says the specification; in an image whose refcounts are too low it is somebody's
+data. Until all L2 tables were looked at, nothing is taken from what was there: the file is lengthened instead, and
+not shortened. It is looked at little by little, by whoever needs room, so that an opening does not wait for it; a
+TiB of 64 KiB clusters takes some ten seconds of a processor in all.
+
+What is met marks the image corrupt. What cannot be read, or is too much, leaves the question open for good.
+
+Crash: nothing here is on disk; the next opening asks anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from ..errors import ImageError, ReadFailed
+from ..format.tables import OFFSET_MASK, OFLAG_COMPRESSED, table_from_bytes
+from ..steps import Operation, Pause, Read
+from .tables import l2_table
+
+if TYPE_CHECKING:
+    from ..storage import Storage
+    from .allocator import Allocator
+    from .mapping import Mapping
+    from .tables import Table
+
+AT_ONCE: Final = 1 << 13
+"""L2 entries that one call looks at."""
+SLICE: Final = 512
+"""And those in one hold: some 300 us."""
+L1_PIECE: Final = 1 << 12
+"""Entries of an L1 table that are looked through, or read, together."""
+MAX_TABLES: Final = 1 << 20
+"""Limit: L2 tables of snapshots that are told apart; an image that has more keeps its free clusters."""
+
+
+class Counted:
+    """The question, and how far it is answered."""
+
+    def __init__(
+        self, mapping: Mapping, allocator: Allocator, storage: Storage, snapshots: list[tuple[int, int]]
+    ) -> None:
+        """`snapshots`: (host offset, entries) of their L1 tables."""
+        self._mapping, self._allocator, self._storage = mapping, allocator, storage
+        self._geometry = mapping.geometry
+        self._at = 0
+        """The next entry of the active L1 table."""
+        self._snapshots = snapshots
+        self._tables: list[int] = []
+        """Offsets of L2 tables of snapshots, the next one last."""
+        self._seen: set[int] = set()
+        self._inside = 0
+        """The next entry of the table that is looked at."""
+        self.finished = False
+        self.holds = False
+        """All was looked at, and all has a refcount."""
+
+    def go_on(self, entries: int = AT_ONCE) -> Operation[bool]:
+        """Look at so many entries more, or a few above; True where free clusters may be used."""
+        while not self.finished and entries > 0:
+            try:
+                if self._at < self._geometry.l1_entries:
+                    yield from self._active()
+                elif self._tables:
+                    yield from self._of_snapshot(self._tables[-1])
+                elif self._snapshots:
+                    yield from self._read_snapshot()
+                else:
+                    self.finished = self.holds = True
+            except ReadFailed:
+                # It may work later.
+                return False
+            except ImageError:
+                self.finished = True
+            entries -= SLICE
+            yield Pause()
+        return self.holds
+
+    def _active(self) -> Operation[None]:
+        l1 = self._mapping.l1.entries
+        stop = min(self._geometry.l1_entries, self._at + L1_PIECE)
+        while not l1[self._at]:
+            self._at += 1
+            if self._at == stop:
+                return
+        first = self._at * self._geometry.l2_entries
+        if self._allocator.overlaps.what_else(self._mapping.l2_offset(first)):
+            # It is no table: what it says is nothing to judge by, and whoever changes it is told.
+            self.finished = True
+            return
+        yield from self._slice(lambda: self._mapping.load_l2(first), f"L1 entry {self._at}")
+        self._at += self._is_done()
+
+    def _of_snapshot(self, offset: int) -> Operation[None]:
+        # What a snapshot names is never changed: an active table that it shares is copied first.
+        yield from self._slice(
+            lambda: self._mapping.cache.load(offset, l2_table, what="L2 table of a snapshot"),
+            f"the L2 table of a snapshot at {offset}",
+            also=offset,
+        )
+        if self._is_done():
+            self._tables.pop()
+
+    def _read_snapshot(self) -> Operation[None]:
+        offset, entries = self._snapshots[-1]
+        data = yield Read(self._storage, offset, min(entries, L1_PIECE) * 8)
+        self._snapshots.pop()
+        if entries > L1_PIECE:
+            self._snapshots.append((offset + L1_PIECE * 8, entries - L1_PIECE))
+        found = {entry & OFFSET_MASK for entry in table_from_bytes(data)} - self._seen - {0}
+        self._seen |= found
+        self._tables.extend(found)
+        self.finished = len(self._seen) > MAX_TABLES
+
+    def _is_done(self) -> bool:
+        """One slice more of a table was looked at: whether it was the last."""
+        self._inside += SLICE
+        if self._inside < self._geometry.l2_entries:
+            return False
+        self._inside = 0
+        return True
+
+    def _slice(self, load: Callable[[], Operation[Table | None]], what: str, also: int = 0) -> Operation[None]:
+        """Look at SLICE entries in the hold in which all refcount blocks that count for them are in memory.
+
+        And at host offset `also`. Nobody takes the cluster of an active table (overlap.py).
+        """
+        allocator, bits = self._allocator, self._geometry.cluster_bits
+        per_block = self._geometry.refcount_block_entries
+        width = 2 if self._geometry.extended_l2 else 1
+        first, end = self._inside * width, (self._inside + SLICE) * width
+        pinned: dict[int, Table] = {}
+        try:
+            while True:
+                table = yield from load()
+                if table is None:
+                    return
+                # Anew after each wait: what the table names now is what counts.
+                entries = table.entries[first:end:width]
+                hosts = {(each & OFFSET_MASK) >> bits for each in entries if not each & OFLAG_COMPRESSED}
+                for each in entries:
+                    if each & OFLAG_COMPRESSED:
+                        hosts.update(self._mapping.host_clusters(each))
+                hosts.add(also >> bits)
+                hosts.discard(0)
+                missing = {each // per_block for each in hosts} - pinned.keys()
+                missing = {index for index in missing if allocator.has_block(index)}
+                if not missing:
+                    break
+                for index in missing:
+                    block = yield from allocator.load_block(index * per_block)
+                    if block is not None:
+                        block.pins += 1
+                        pinned[index] = block
+            without = min((each for each in hosts if not allocator.refcount(each)), default=0)
+            if without:
+                self.finished = True
+                allocator.on_corrupt(f"{what} leads to host cluster {without}, which has no refcount")
+        finally:
+            for each_block in pinned.values():
+                each_block.pins -= 1
