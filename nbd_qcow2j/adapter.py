@@ -199,6 +199,11 @@ def _close() -> None:
         try:
             if device is not None:
                 device.close()
+                if device.disk.corrupt:
+                    print(
+                        f"nbd-qcow2j: {_options.file} is marked corrupt: {device.disk.corrupt}; look at it with "
+                        "nbd-qcow2j check", file=sys.stderr, flush=True,
+                    )  # fmt: skip
         finally:
             if metrics is not None:
                 metrics.close()

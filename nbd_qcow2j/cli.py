@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,10 @@ def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` names; returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # A name of a file need not be text.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")
     words = list(sys.argv[1:] if argv is None else argv)
     names = _names()
     command = words[0] if words and words[0] in names else None

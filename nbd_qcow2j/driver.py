@@ -263,7 +263,7 @@ class Device:
                 else "corrupt" if disk.corrupt else "serving"
             )  # fmt: skip
             return Statistics(
-                state=state, journal_size_bytes=0 if self.read_only else log.ring.length,
+                state=state, journal_size_bytes=log.ring.length if log.ring.used or not self.read_only else 0,
                 journal_used_bytes=log.ring.used, pending_bytes=disk.pending.size_bytes,
                 oldest_pending_seconds=disk.pending.oldest_age(),
                 commits=log.commits, commit_bytes=log.commit_bytes, commit_seconds=self._commit_seconds.snapshot(),

@@ -31,6 +31,8 @@ import stat
 import threading
 from collections.abc import Callable, Collection, Iterator
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""Those on which nbdkit ends: a closed terminal and Ctrl-\\ are no reason to stay attached either."""
 GRACE_SECONDS = 1.0
 # How long nothing may have arrived on a connection for it to be idle: between two looks.
 SWEEP_SECONDS = 0.05
@@ -166,7 +168,7 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 class Stopper:
-    """Ends the server on SIGTERM and SIGINT.
+    """Ends the server on SIGTERM, SIGINT, SIGHUP and SIGQUIT.
 
     `own_listeners()` surrounds what listens for us; `watch()` is called on the main thread, after the fork: a
     thread started earlier is lost when nbdkit daemonises. `shutdown` asks nbdkit to end, `leave` ends the process
@@ -209,7 +211,7 @@ class Stopper:
         self._thread.start()
         # Order: the descriptor before the handlers, so that no signal is lost between them.
         signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, _nothing)
 
     def _run(self, receive: socket.socket, addresses: Collection[tuple[int, object]], socket_file: SocketFile) -> None:
@@ -230,7 +232,7 @@ class Stopper:
         self._ended.set()
         # Ignored, not handled: Python gives what it handles back to the system when it ends, and then a third
         # Ctrl-C would still kill the process, and a supervisor see a failure.
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         if self._wake is not None:
             with contextlib.suppress(OSError):

@@ -365,7 +365,7 @@ def _cannot_open(name: str, error: OSError, *, read_only: bool) -> ImageError:
         errno.ENOENT: "; `nbd-qcow2j create` makes an image",
         errno.EEXIST: "; it was left as it is",
         errno.EROFS: "; read-only=true serves it without writing",
-        errno.EACCES: "" if read_only else "; read-only=true needs only permission to read",
+        errno.EACCES: "; served read-only it can be" if not read_only and os.access(name, os.R_OK) else "",
     }
     number = error.errno or errno.EIO
     failure = ImageError(f"{name}: {os.strerror(number)}{hints.get(number, '')}")

@@ -85,6 +85,13 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=4))
     else:
         _print(report, arguments.image, transactions if journal is not None else None)
+        bits = header.incompatible
+        marks = [word for bit, word in ((INCOMPAT_DIRTY, "dirty"), (INCOMPAT_CORRUPT, "corrupt")) if bits & bit]
+        if marks:
+            print(
+                f"{arguments.image} is marked {' and '.join(marks)}, and is not served for writing; check --repair all "
+                "takes that away where nothing else is wrong"
+            )
     return report.exit_code
 
 
@@ -109,7 +116,7 @@ def _repair(path: str, *, everything: bool) -> list[str]:
         marked = everything and bool(header.incompatible & (INCOMPAT_DIRTY | INCOMPAT_CORRUPT))
         if ranges or marked:
             backup = _keep(path, [(0, bytes(read(0, SECTOR))), *((at, bytes(read(at, n))) for at, n in ranges)])
-            told.append(f"what {path} had in {len(ranges)} places that change is kept in {backup}")
+            told.append(f"what {path} had in {len(ranges) + marked} places that change is kept in {backup}")
         for step in plan.steps:
             for offset, data in step:
                 file.write(offset, [data])

@@ -66,11 +66,18 @@ def run(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     # Exclusive: an image that exists is never overwritten.
     with open(arguments.image, "xb") as file:
-        file.truncate(length)
-        for offset, data in writes:
-            file.seek(offset)
-            file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            file.truncate(length)
+            for offset, data in writes:
+                file.seek(offset)
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException as error:
+            # Half an image is none, and would be in the way of the next try.
+            os.unlink(arguments.image)
+            if isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror, arguments.image) from None
+            raise
     print(f"created {arguments.image}, {format_size(size)}")
     return 0

@@ -7,8 +7,13 @@ import json
 import os
 from typing import Any
 
+from ..errors import printable
+from ..format.header import INCOMPAT_CORRUPT, INCOMPAT_DATA_FILE, INCOMPAT_DIRTY, INCOMPAT_KNOWN
 from ..options import format_size
 from ._open import looked_into
+
+_ONLY_IF_SO = frozenset({"dirty", "corrupt", "encrypted", "external-data-file", "unknown-features"})
+"""What is worth a line where it stands in the way of serving."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -34,6 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
             "refcount-bits": header.geometry.refcount_bits,
             "extended-l2": header.geometry.extended_l2,
             "compression-type": ("zlib", "zstd")[header.compression_type],
+            "dirty": bool(header.incompatible & INCOMPAT_DIRTY),
+            "corrupt": bool(header.incompatible & INCOMPAT_CORRUPT),
+            "encrypted": bool(header.crypt_method),
+            "external-data-file": bool(header.incompatible & INCOMPAT_DATA_FILE),
+            "unknown-features": [bit for bit in range(64) if header.incompatible & ~INCOMPAT_KNOWN & 1 << bit],
             "snapshots": header.snapshot_count,
             "backing-filename": os.fsdecode(header.backing_name) if header.backing_name else None,
             "backing-format": header.backing_format,
@@ -56,19 +66,24 @@ def run(arguments: argparse.Namespace) -> int:
     for key, value in facts.items():
         if key == "journal":
             if value is None:
-                print("journal: none; this is a plain qcow2 file")
+                print("journal: none is attached")
             else:
                 print(
                     f"journal: attached, {value['transactions']} transactions in {format_size(value['used'])} of "
-                    f"{format_size(value['size'])}; served now, or not closed cleanly (nbd-qcow2j recover)"
+                    f"{format_size(value['size'])}; the image was not closed cleanly: serve it again, or nbd-qcow2j "
+                    "recover"
                 )
+        elif key in _ONLY_IF_SO and not value:
+            continue
         elif value is not None:
             text = (
                 f"{format_size(value)} ({value} bytes)"
                 if key.endswith("-size")
                 else str(value).lower()
                 if isinstance(value, bool)
-                else value
+                else ", ".join(f"incompatible bit {bit}" for bit in value)
+                if isinstance(value, list)
+                else printable(str(value))
             )
             print(f"{key}: {text}")
     return 0

@@ -27,8 +27,10 @@ def run(arguments: argparse.Namespace) -> int:
     with looked_into(arguments.image) as (_, _, plan):
         if plan is None:
             if not arguments.json:
-                print(f"{arguments.image} has no journal: it is a plain qcow2 file")
+                print(f"{arguments.image} has no journal attached")
             return 0
+        if not plan.transactions and not arguments.json:
+            print(f"{arguments.image} has an attached journal without transactions")
         for transaction in plan.transactions:
             position = (plan.slot.tail_position + transaction.start) % plan.location.ring_length
             if arguments.json:

@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         file.lock(READER)
         header, _ = run_simply(read_header(file, name=arguments.image))
     if not header.incompatible & INCOMPAT_JOURNAL:
-        print(f"{arguments.image} has no journal: it is a plain qcow2 file")
+        print(f"{arguments.image} has no journal attached: there is nothing to recover")
         return 0
     device = open_device(options, recover=True)
     count = device.disk.replayed_transactions

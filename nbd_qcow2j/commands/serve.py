@@ -17,14 +17,18 @@ import shutil
 import socket
 import stat
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..errors import Error, ImageError, OptionError
-from ..format.header import check_usable, parse_header
+from ..errors import Error, ImageError, OptionError, printable
+from ..format.header import check_usable
 from ..image.backing import open_backing
+from ..locks import READER, WRITER
+from ..opening import read_header
 from ..options import UNITS, Options, describe_options, parse_address, parse_options
+from ..steps import run_simply
 from ..storage import FileStorage
 
 # nbdkit's threads for each connection; requests of one connection that wait for the disk at once. Measured on two
@@ -41,8 +45,9 @@ _SOCKET_PATH_BYTES = 107
 _SPELT_OUT = frozenset({"file", "read-only", "remove-socket"})
 # Options of nbdkit whose value is the next word, which may then contain `=`.
 _TAKES_A_WORD = frozenset(
-    "-D -e -g -i -m -P -p -t -U -u --debug --export --export-name --filter --group --user --log "
-    "--mask-handshake --threads --tls-certificates --tls-psk --tls --vsock-port".split()
+    "-D -e -g -i -m -P -p -t -U -u --debug --export --export-name --exportname --filter --group --ip-addr --ipaddr "
+    "--log --mask-handshake --pid-file --pidfile --port --run --selinux-label --threads --tls --tls-certificates "
+    "--tls-psk --unix --user --vsock-port".split()
 )
 
 
@@ -97,7 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
         check_port("port", host, arguments.port)
         listen = ["-i", host, "-p", str(arguments.port)]
         uri = f"nbd://{f'[{host}]' if ':' in host else host}:{arguments.port}"
-        if not _is_loopback(host) and "--tls=require" not in arguments.passed_on:
+        tls = "--tls=require" in arguments.passed_on or ("--tls", "require") in pairwise(arguments.passed_on)
+        if not _is_loopback(host) and not tls:
             print(
                 f"nbd-qcow2j: warning: anybody who reaches {host} port {arguments.port} can read and write the disk:"
                 " NBD has no passwords; use -- --tls=require (see nbdkit-tls(1))",
@@ -146,26 +152,29 @@ def _split_passed_on(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def check_image(options: Options) -> None:
-    """Whether the file is an image that can be served. Raises ImageError or OSError; changes and locks nothing."""
+    """Whether the file is an image that can be served, and nobody uses it. Raises ImageError; changes nothing."""
     path = options.file
-    mode = os.stat(path).st_mode
-    if stat.S_ISBLK(mode):
-        raise ImageError(f"{path}: is a block device; images on block devices are not served, only files")
-    if not stat.S_ISREG(mode):
-        raise ImageError(f"{path}: is not a file")
     try:
-        descriptor = os.open(path, os.O_RDONLY if options.read_only else os.O_RDWR)
-    except OSError as error:
-        hint = "" if options.read_only else "; --read-only needs less"
-        raise OSError(error.errno, f"{error.strerror}{hint}", path) from None
-    with open(descriptor, "rb") as file:
-        header = parse_header(file.read(64 << 10), file_size=os.fstat(file.fileno()).st_size, name=path)
-    check_usable(header, write=not options.read_only, name=path)
-    backing = open_backing(
-        header, path, policy=options.backing, opener=lambda name: FileStorage.open(name, read_only=True)
-    )
-    if backing is not None:
-        backing.close()
+        path.encode()
+    except UnicodeEncodeError:
+        raise ImageError(f"the name {printable(path)} is not UTF-8, which nbdkit cannot pass on: rename it") from None
+    with FileStorage.open(path, read_only=options.read_only) as file:
+        file.lock(READER if options.read_only else WRITER)
+        header, _ = run_simply(read_header(file, name=path))
+        check_usable(header, write=not options.read_only, name=path)
+        backing = open_backing(header, path, policy=options.backing, opener=_open_to_look)
+        if backing is not None:
+            backing.close()
+
+
+def _open_to_look(path: str) -> FileStorage:
+    file = FileStorage.open(path, read_only=True)
+    try:
+        file.lock(READER)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def check_directory(name: str, path: str) -> None:
@@ -234,7 +243,7 @@ def _how_to_attach(options: Options, uri: str, arguments: argparse.Namespace) ->
     read_only = ",read-only=on" if options.read_only else ""
     drive = shlex.quote(f"file={uri.replace(',', ',,')},format=raw,if=virtio,discard=unmap{read_only}")
     lines = [
-        f"serving {options.file} at {uri}",
+        f"serving {printable(options.file)} at {uri}",
         f"  qemu        qemu-system-x86_64 -m 1G -drive {drive}",
         f"  /dev/nbd0   sudo modprobe nbd && sudo nbd-client {nbd_client} /dev/nbd0",
         f"  copy        nbdcopy {quoted} copy.raw",

@@ -35,7 +35,7 @@ def new_image(
 ) -> tuple[list[tuple[int, bytes]], int]:  # fmt: skip
     """((offset, bytes) to write, length of the file) of an empty image. Raises OptionError."""
     bits = cluster_size.bit_length() - 1
-    if cluster_size != 1 << bits or not 9 <= bits <= 21:
+    if not 9 <= bits <= 21 or cluster_size != 1 << bits:
         raise OptionError(f"cluster size: expected a power of two from 512 to 2M, found {cluster_size}")
     if extended_l2 and bits < 14:
         raise OptionError(f"cluster size: extended L2 entries need at least 16K, found {cluster_size}")
@@ -45,8 +45,12 @@ def new_image(
         raise OptionError(f"backing file: expected a name of at most {MAX_BACKING_NAME} bytes")
     geometry = Geometry(bits, refcount_bits.bit_length() - 1, size, extended_l2)
     if geometry.l1_entries * 8 > MAX_L1_BYTES:
-        raise OptionError(f"size: too large for clusters of {cluster_size} bytes; use --cluster-size 2M")
-    l1_clusters = max(1, -(-geometry.l1_entries * 8 // cluster_size))
+        most = MAX_L1_BYTES // 8 * geometry.l2_entries * cluster_size
+        larger = "; larger ones take more, up to 2M" if bits < 21 else ""
+        raise OptionError(
+            f"size: expected at most {most} bytes with clusters of {cluster_size} bytes{larger}, found {size}"
+        )
+    l1_clusters = -(-geometry.l1_entries * 8 // cluster_size)
     per_block = geometry.refcount_block_entries
     blocks = table_clusters = 1
     while True:
@@ -117,7 +121,7 @@ def _header(
         {
             "version": 3, "backing_offset": 112 + len(area) if backing_name else 0,
             "backing_length": len(backing_name or b""), "cluster_bits": geometry.cluster_bits, "size": geometry.size,
-            "crypt_method": 0, "l1_entries": geometry.l1_entries, "l1_offset": l1,
+            "crypt_method": 0, "l1_entries": geometry.l1_entries, "l1_offset": l1 if geometry.l1_entries else 0,
             "refcount_table_offset": table, "refcount_table_clusters": table_clusters, "snapshot_count": 0,
             "snapshots_offset": 0,
         }

@@ -335,12 +335,13 @@ def check_usable(header: Header, *, write: bool, name: str) -> None:
         )
     if bits & INCOMPAT_CORRUPT:
         raise ImageError(
-            f"{name} is marked corrupt: qemu-img check -r all {quoted} mends it; until then serve it read-only"
+            f"{name} is marked corrupt: nbd-qcow2j check --repair all {quoted} or qemu-img check -r all {quoted} mends "
+            "it; until then serve it read-only"
         )
     if bits & INCOMPAT_DIRTY:
         raise ImageError(
-            f"{name} is marked dirty, its refcounts may be wrong: qemu-img check -r all {quoted} mends them; "
-            f"until then serve it read-only"
+            f"{name} is marked dirty, its refcounts may be wrong: nbd-qcow2j check --repair all {quoted} or qemu-img "
+            f"check -r all {quoted} mends them; until then serve it read-only"
         )
     # Without the bit the bitmaps were outdated before we came, and every program knows it.
     if header.autoclear & AUTOCLEAR_BITMAPS and any(each.type == EXTENSION_BITMAPS for each in header.extensions):
