@@ -15,13 +15,14 @@ PACKAGE = Path(__file__).resolve().parents[1] / "nbd_qcow2j"
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old` in `file` becomes `new`; `rule` is what no longer holds."""
+    """`old` in `file` becomes `new`; `rule` is what no longer holds. `first`: a file of tests to run before others."""
 
     name: str
     rule: str
     file: str
     old: str
     new: str
+    first: str = ""
 
 
 def apply(mutation: Mutation, directory: Path) -> Path:
@@ -325,11 +326,11 @@ MUTATIONS = [
         yield Sync(file)
 
 
-def _attach(""",
+def _place_journal(""",
         """                raise
 
 
-def _attach(""",
+def _place_journal(""",
     ),
     Mutation(
         "replay ignores the UUID", "nothing from another history follows", "journal/replay.py",
@@ -361,5 +362,51 @@ def _attach(""",
         "a lost end of the journal looks like an empty one", "an end below the slot's last committed is damage",
         "journal/replay.py",
         "    if sequence - 1 < slot.last_committed:\n", "    if False:\n",
+    ),
+    # ---- damaged images, small clusters
+    Mutation(
+        "the reserve does not grow with what is pending", "a full ring drains", "journal/ring.py",
+        "        return self._fixed_reserve + linked * self.home_cost + clusters * self._growth\n",
+        "        return min(self._fixed_reserve + self._most_linked * self.home_cost, self.length * 3 // 4)\n",
+        "test_small_clusters.py",
+    ),
+    Mutation(
+        "sector 0 is one record with its neighbour", "of the header cluster only sector 0 is journalled",
+        "format/journal.py", " and (start or kind == GUEST_DATA)", "", "test_small_clusters.py",
+    ),
+    Mutation(
+        "free clusters are used before all tables were looked at", "what a table names is not handed out",
+        "image/allocator.py",
+        "elif self.scan_at < self.scan_end and (self.counted is None or (yield from self.counted.go_on())):",
+        "elif self.scan_at < self.scan_end:", "test_counted.py",
+    ),
+    Mutation(
+        "a file is cut off by its refcounts alone", "what was there before is cut off only where all has a refcount",
+        "opening.py", "    if counted is None or not counted.holds:\n", "    if False:\n", "test_counted.py",
+    ),
+    Mutation(
+        "an image is refused after its journal was attached", "an image that is refused is left as it was",
+        "opening.py",
+        """    overlaps = yield from _find_overlaps(file, header, tables, location, read_only=read_only, name=name)
+    if plan is None and location is not None:
+        yield from _attach(file, header, data, location, size=tables.file_size, uuid=uuid, name=name)
+        data = bytes((yield Read(file, 0, HEADER_READ)))
+""",
+        """    if plan is None and location is not None:
+        yield from _attach(file, header, data, location, size=tables.file_size, uuid=uuid, name=name)
+        data = bytes((yield Read(file, 0, HEADER_READ)))
+    overlaps = yield from _find_overlaps(file, header, tables, location, read_only=read_only, name=name)
+""",
+        "test_counted.py",
+    ),
+    Mutation(
+        "clean sectors of a table that lies on another go home", "what is written between sectors is what was there",
+        "checkpoint.py", "            if overlaps.what_else(offset - offset % size):\n", "            if False:\n",
+        "test_rules.py",
+    ),
+    Mutation(
+        "a small write in place does not ask about its table", "damaged tables are met before a write does harm",
+        "in_place.py", "        if reason := (yield from disk.allocator.why_bad_table(offset)):\n",
+        "        if reason := '':\n", "test_in_place.py",
     ),
 ]  # fmt: skip

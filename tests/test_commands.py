@@ -107,9 +107,30 @@ def test_create_never_overwrites_and_refuses_in_one_line(tmp_path: Path) -> None
         ((new, "1M", "-b", base, "-F", "qcow2"), f"{base} is not a qcow2 image, expected 514649fb, found 00000000"),
         ((new, "1M", "--cluster-size", "3000"), "cluster size: expected a power of two from 512 to 2M, found 3000"),
         ((tmp_path / "no" / "x", "1M"), f"{tmp_path}/no/x: No such file or directory"),
+        ((new, "1M", "--cluster-size", "0"), "cluster size: expected a power of two from 512 to 2M, found 0"),
+        (
+            (new, "9T", "--cluster-size", "4K"),
+            f"size: expected at most {8 << 40} bytes with clusters of 4096 bytes; larger ones take more, up to 2M, "
+            f"found {9 << 40}",
+        ),
     ):
         assert refused("create", *words) == expected
         assert not new.exists()
+
+
+def test_a_disk_of_no_bytes_leaks_nothing(tmp_path: Path) -> None:
+    image = tmp_path / "none.qcow2"
+    run(PROGRAM, "create", image, "0")
+    run("qemu-img", "check", "-q", image)
+    assert "virtual-size: 0" in said("info", image)
+
+
+def test_what_could_not_be_created_is_not_in_the_way(tmp_path: Path) -> None:
+    image = tmp_path / "new.qcow2"
+    script = f"ulimit -f 100; exec {PROGRAM} create {image} 1M"
+    done = run("bash", "-c", script, check=False)
+    assert (done.returncode, done.stderr) == (1, f"nbd-qcow2j: {image}: File too large\n")
+    assert not image.exists()
 
 
 # ---- info -------------------------------------------------------------------------------------------
@@ -133,7 +154,37 @@ def test_info_says_what_qemu_says_and_what_the_journal_holds(killed: Path, tmp_p
     assert facts["journal"] is None
     human = said("info", plain)
     assert "virtual-size: 3M (3145728 bytes)\n" in human
-    assert human.endswith("journal: none; this is a plain qcow2 file\n")
+    assert human.endswith("journal: none is attached\n")
+    assert "corrupt" not in human
+
+
+def test_what_stands_in_the_way_of_serving_is_shown(tmp_path: Path) -> None:
+    image = tmp_path / "image.qcow2"
+    run(PROGRAM, "create", image, "1M")
+    data = bytearray(image.read_bytes())
+    data[72:80] = (3 | 1 << 40).to_bytes(8, "big")
+    image.write_bytes(data)
+    facts = json.loads(said("info", "--json", image))
+    assert (facts["dirty"], facts["corrupt"], facts["encrypted"]) == (True, True, False)
+    assert facts["unknown-features"] == [40]
+    human = said("info", image)
+    assert "dirty: true\ncorrupt: true\nunknown-features: incompatible bit 40\n" in human
+    data[72:80] = (3).to_bytes(8, "big")
+    image.write_bytes(data)
+    found = said("check", image)
+    assert "is marked dirty and corrupt, and is not served for writing; check --repair all" in found
+    assert "--repair all" in refused("serve", image, "--socket", tmp_path / "s")
+    assert "in 1 places that change is kept" in said("check", "--repair", "all", image)
+    assert "marked" not in said("check", image)
+
+
+def test_names_from_an_image_stay_on_their_line(tmp_path: Path) -> None:
+    image, base = tmp_path / "top.qcow2", tmp_path / "b\nsize= 1"
+    base.write_bytes(bytes(4096))
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base.name, "-F", "raw", image, "1M")
+    assert r"backing-filename: b\nsize= 1" in said("info", image)
+    base.unlink()
+    assert refused("serve", image, "--socket", tmp_path / "s").count("\n") == 0
 
 
 # ---- journal ----------------------------------------------------------------------------------------
@@ -158,6 +209,13 @@ def test_journal_lists_every_transaction_with_what_is_in_it(killed: Path) -> Non
     assert killed.read_bytes() == before, "looking changes nothing"
 
 
+def test_an_attached_journal_without_transactions_is_said_to_be_so(make_image: Callable[..., Path], serve: Any) -> None:
+    image = make_image()
+    serve(image).kill()
+    assert said("journal", image) == f"{image} has an attached journal without transactions\n"
+    assert said("journal", "--json", image) == ""
+
+
 # ---- check, recover ---------------------------------------------------------------------------------
 
 
@@ -177,7 +235,7 @@ def test_check_counts_what_the_journal_holds_and_agrees_with_qemu_after_recover(
     for key in ("check-errors", "image-end-offset", "total-clusters", "allocated-clusters"):
         assert report[key] == theirs[key], key
     assert "journal-transactions" not in report
-    assert said("recover", killed) == f"{killed} has no journal: it is a plain qcow2 file\n"
+    assert said("recover", killed) == f"{killed} has no journal attached: there is nothing to recover\n"
     assert said("journal", "--json", killed) == ""
 
 

@@ -121,6 +121,11 @@ def test_serve_takes_over_the_socket_that_a_killed_one_left_and_not_that_of_a_li
     first.connect().pwrite(b"k" * 512, 0, 1)
     again = run(DEPLOY / "serve", image, "--metrics", free_port(), check=False)
     assert again.returncode == 1
+    assert again.stderr.startswith(f"nbd-qcow2j: {image} is in use: another nbd-qcow2j writes to it")
+    assert again.stderr.count("\n") == 1
+    other = short_path / "other.qcow2"
+    run(PROGRAM, "create", other, "1M")
+    again = run(PROGRAM, "serve", other, "--socket", path, check=False)
     assert again.stderr == f"nbd-qcow2j: option socket: {path} is in use: a server answers there\n"
     first.kill()
     assert path.is_socket(), "or this test would prove nothing"

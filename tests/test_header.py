@@ -101,3 +101,35 @@ def test_a_luks_image_is_refused_by_name() -> None:
     header = parse_header(data[:32] + (2).to_bytes(4, "big") + data[36:], file_size=1 << 20, name="image")
     with pytest.raises(ImageError, match=r"image is encrypted.*found 2 \(LUKS\)"):
         check_usable(header, write=False, name="image")
+
+
+def test_a_file_that_is_shorter_than_a_header_is_said_to_be_so() -> None:
+    with pytest.raises(ImageError, match="image is shorter than a qcow2 header, expected at least 72 bytes, found 60"):
+        parse_header(fresh(), file_size=60, name="image")
+
+
+def with_extensions(*extensions: tuple[int, bytes], name: bytes = b"base") -> bytes:
+    """A header with these extensions and a backing file."""
+    data = bytearray(fresh(header_length=104))
+    at = 104
+    for kind, content in (*extensions, (0, b"")):
+        data[at : at + 8 + len(content)] = struct.pack(">II", kind, len(content)) + content
+        at += 8 + -(-len(content) // 8) * 8
+    struct.pack_into(">QI", data, 8, at, len(name))
+    data[at : at + len(name)] = name
+    return bytes(data)
+
+
+@pytest.mark.parametrize(("first", "second"), [(b"raw", b"qcow2"), (b"qcow2", b"raw")])
+def test_two_formats_of_the_backing_file_are_refused(first: bytes, second: bytes) -> None:
+    # qemu takes the last; who took the first would show other bytes.
+    data = with_extensions((0xE2792ACA, first), (0xE2792ACA, second))
+    with pytest.raises(ImageError, match="format of the backing file is named more than once"):
+        parse_header(data, file_size=1 << 20, name="image")
+    same = parse_header(with_extensions((0xE2792ACA, first), (0xE2792ACA, first)), file_size=1 << 20, name="image")
+    assert same.backing_format == first.decode()
+
+
+def test_a_backing_name_with_a_zero_byte_is_refused() -> None:
+    with pytest.raises(ImageError, match="backing file name has a zero byte"):
+        parse_header(with_extensions(name=b"ba\0se"), file_size=1 << 20, name="image")

@@ -26,14 +26,18 @@ from random import Random
 from typing import Any
 
 import pytest
-from engine import Shape, fill
+from engine import Engine, Shape, fill, settle
 from invariants import recover
+from simdisk import SimDisk, SimStorage
 from stage import PAGES, WIDE, Stage, chain, image
 from stepper import Chooser, Stepper, every_order
 
 from nbd_qcow2j import changes, checkpoint
 from nbd_qcow2j.errors import DeviceFailed, RequestError
-from nbd_qcow2j.steps import Operation, Pause, Write
+from nbd_qcow2j.format.create import new_image
+from nbd_qcow2j.format.header import parse_header
+from nbd_qcow2j.opening import detach
+from nbd_qcow2j.steps import Operation, Pause, Write, run_simply
 
 SMALL = Shape("cluster_size=512", 64 << 10, journal=1 << 18)
 PAIRS = Shape("cluster_size=8192", 64 << 10, journal=1 << 19)
@@ -364,3 +368,33 @@ def test_small_writes_in_place_lose_nothing(shape: Shape, faults: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.options)
 def test_small_writes_in_place_lose_nothing_with_many_seeds(shape: Shape, faults: str) -> None:
     run_random(shape, faults, range(1000, 1200))
+
+
+def test_a_small_write_below_a_table_that_two_entries_name_is_refused() -> None:
+    # In place it would change what the other guest address shows.
+    piece = 2 << 20
+    shape = Shape("cluster_size=4096", 4 * piece, journal=1 << 19)
+    sim = SimDisk.of(*new_image(shape.size, cluster_size=4096))
+    engine = Engine(sim, shape, Random(1))
+    disk = engine.open()
+    for at in (0, piece):
+        settle(engine, changes.write(disk, bytes([1 + at // piece]) * 8192, at))
+    settle(engine, detach(disk))
+    storage = SimStorage(sim, "damaged")
+    sector = bytearray(4096)
+    storage.read_into(sector, 0)
+    l1 = parse_header(bytes(sector), file_size=sim.current_size, name="image").l1_offset
+    entries = bytearray(512)
+    storage.read_into(entries, l1)
+    entries[8:16] = entries[:8]
+    storage.write(l1, [bytes(entries)])
+    storage.sync()
+    disk = Engine(sim, shape, Random(1)).open()
+    # Or it would be met first.
+    disk.allocator.counted = None
+    with pytest.raises(RequestError, match="another L2 table"):
+        run_simply(changes.guarded(disk, changes.write(disk, b"x" * 512, piece), "write"))
+    run_simply(disk.flush())
+    data = bytearray(512)
+    run_simply(disk.read_into(memoryview(data), 0))
+    assert bytes(data) == b"\1" * 512

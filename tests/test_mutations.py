@@ -26,9 +26,10 @@ FILES = [
 LIMIT_SECONDS = 400
 
 
-def run_tests(package: Path, *, options: tuple[str, ...] = ()) -> str:
+def run_tests(package: Path, *, first: str = "", options: tuple[str, ...] = ()) -> str:
     """What pytest printed; `package` is the directory to import nbd_qcow2j from."""
-    files = [str(TESTS / name) for name in FILES if (TESTS / name).exists()]
+    names = [first, *FILES] if first else FILES
+    files = [str(TESTS / name) for name in names if (TESTS / name).exists()]
     # Without `-P` the directory where pytest starts would come first, and the tests would run on what is not broken.
     words = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=short"]
     words += ["-m", "not sweep"]
@@ -43,7 +44,7 @@ def catcher(mutation: Mutation, directory: Path) -> tuple[str | None, float]:
     """The test that fails, None if none does in its time; and how long that took."""
     started = time.monotonic()
     try:
-        printed = run_tests(apply(mutation, directory))
+        printed = run_tests(apply(mutation, directory), first=mutation.first)
     except subprocess.TimeoutExpired:
         printed = ""
     found = re.search(r"^(?:FAILED|ERROR) \S*?(test_\w+\.py.*?)(?: - |$)", printed, re.MULTILINE)

@@ -21,6 +21,8 @@ from simdisk import SimDisk, SimStorage
 from nbd_qcow2j import changes
 from nbd_qcow2j.errors import ImageError, RequestError
 from nbd_qcow2j.format.header import INCOMPAT_CORRUPT, INCOMPAT_JOURNAL, parse_header
+from nbd_qcow2j.geometry import Geometry
+from nbd_qcow2j.image.overlap import Overlaps
 from nbd_qcow2j.image.snapshots import read_snapshot_table
 from nbd_qcow2j.opening import detach, open_disk
 from nbd_qcow2j.steps import run_simply
@@ -141,7 +143,7 @@ def test_a_data_entry_on_metadata_is_neither_written_nor_freed(image: Image, nam
     assert {key: value[:72] for key, value in image.metadata().items()} == {
         key: value[:72] for key, value in before.items()
     }
-    with pytest.raises(ImageError, match="marked corrupt: qemu-img check"):
+    with pytest.raises(ImageError, match="marked corrupt: nbd-qcow2j check"):
         Engine(image.sim, SHAPE, Random(3)).open()
     Engine(image.sim, SHAPE, Random(3), read_only=True).open()
 
@@ -423,7 +425,7 @@ def test_marking_and_closing_can_be_cut_anywhere(image: Image, name: str) -> Non
                 again.disk = run_simply(opening)
             except ImageError as error:
                 # Closed and marked.
-                assert "is marked corrupt: qemu-img check" in str(error)
+                assert "is marked corrupt: nbd-qcow2j check" in str(error)
                 seen["closed"] += 1
             else:
                 seen["marked" if again.disk.corrupt else "not marked"] += 1
@@ -484,3 +486,38 @@ def test_snapshots_are_in_nobodys_way(tmp_path: Path) -> None:
     assert not disk.corrupt
     engine.sim.to_file(path)
     run("qemu-img", "check", path)
+
+
+def test_snapshots_that_name_one_table_are_looked_at_no_more_than_as_many() -> None:
+    overlaps = Overlaps(Geometry(9, 4, 1 << 20), ring=(0, 0), l1=(1, 2), name="image")
+    for _ in range(1000):
+        overlaps.keep(1 << 20, 32 << 20, "the L1 table of a snapshot")
+    assert len(overlaps.kept) == (32 << 20) // 512
+    overlaps.keep(1 << 40, 512, "the L1 table of a snapshot")
+    assert not overlaps.what((1 << 40) // 512)
+
+
+def test_a_bitmap_that_contradicts_its_entry_is_not_followed(tmp_path: Path, serve: Callable[..., Server]) -> None:
+    # No cluster, but subclusters that are allocated: what lies at host offset 0 is the header, and not the guest's.
+    path = tmp_path / "e.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "extended_l2=on,cluster_size=65536", path, "8M")
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 192k", path)
+    content = bytearray(path.read_bytes())
+    header = parse_header(bytes(content[:65536]), file_size=len(content), name="image")
+    l2 = int.from_bytes(content[header.l1_offset : header.l1_offset + 8], "big") & MASK
+    content[l2 : l2 + 16] = bytes(12) + b"\xff" * 4
+    content[l2 + 24 : l2 + 32] = b"\0\0\0\1\0\0\0\1"
+    content[l2 + 32 : l2 + 48] = (COMPRESSED | int.from_bytes(content[l2 + 32 : l2 + 40], "big") & MASK).to_bytes(
+        8, "big"
+    ) + b"\0\0\0\0\0\0\0\1"
+    path.write_bytes(content)
+    server = serve(path, "--read-only")
+    for cluster in range(3):
+        with pytest.raises(Exception, match="Input/output error"):
+            server.connect().pread(512, cluster << 16)
+    server.stop()
+    assert server.log.count("subcluster bitmap is impossible") == 3
+    overlay = tmp_path / "overlay.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", path.name, "-F", "qcow2", overlay)
+    with pytest.raises(Exception, match="Input/output error"):
+        serve(overlay).connect().pread(512, 0)

@@ -12,6 +12,8 @@ from itertools import product
 
 import pytest
 from crc32c import crc32c
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nbd_qcow2j.errors import ImageError
 from nbd_qcow2j.format.create import new_image
@@ -27,7 +29,7 @@ from nbd_qcow2j.format.journal import (
     encode_transaction,
 )
 from nbd_qcow2j.geometry import Geometry
-from nbd_qcow2j.journal.replay import ReplayPlan, plan_replay
+from nbd_qcow2j.journal.replay import ReplayPlan, _Revokes, plan_replay
 from nbd_qcow2j.opening import replayed_header
 from nbd_qcow2j.steps import run_simply
 
@@ -402,3 +404,32 @@ def test_a_journalled_header_may_move_the_refcount_table_and_nothing_else() -> N
     for at, value in ((24, struct.pack(">Q", 1 << 19)), (40, struct.pack(">Q", 1 << 16)), (23, b"\x0c"), (79, b"\4")):
         with pytest.raises(ImageError, match=r"differs in more than the refcount table|extended"):
             replayed_header(header, moved[:at] + value + moved[at + len(value) :], file_size=1 << 20, name="image")
+
+
+def test_records_that_share_their_data_are_refused() -> None:
+    # Many descriptors with one piece of data: a small journal that would be a large state.
+    area = bytearray(BLOCK)
+    count = 8
+    for number in range(count):
+        struct.pack_into(">IIQII", area, 64 + 24 * number, 6, 4096, number * 4096, 1, 0)
+    length = 8192
+    struct.pack_into(">4sIQ16sIII20x", area, 0, b"qjbk", count, 5, UUID, length // 4096, 77, 0)
+    data = bytes(area).ljust(length, b"\1")
+    crc = crc32c(data)
+    data = data[:40] + crc.to_bytes(4, "big") + data[44:]
+    ring = bytearray(RING)
+    put(ring, 0, data)
+    with pytest.raises(ImageError, match="its data is another's"):
+        plan(slot().to_block() + bytes(ALIGNMENT) + bytes(ring))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20), st.integers(1, 9)), max_size=30),
+    st.lists(st.integers(0, 70), max_size=20),
+)
+def test_the_newest_revoke_of_a_place_is_found(ranges: list[tuple[int, int, int]], places: list[int]) -> None:
+    revokes = _Revokes()
+    revokes.build([(start, start + length, sequence) for start, length, sequence in ranges])
+    for place in places:
+        covering = [sequence for start, length, sequence in ranges if start <= place < start + length]
+        assert revokes.newest(place) == max(covering, default=0)

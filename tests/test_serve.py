@@ -78,16 +78,16 @@ def not_images(tmp_path: Path, image: Path) -> dict[str, Path]:
     future.write_bytes(image.read_bytes()[:72] + b"\x20" + image.read_bytes()[73:])
     return {
         "No such file or directory": tmp_path / "missing",
-        "is not a file": tmp_path,
+        "is a directory": tmp_path,
         "qcow2": text,
         "short": short,
         "feature": future,
-        "is not a file ": Path("/dev/null"),
+        "is not a regular file": Path("/dev/null"),
     }
 
 
 @pytest.mark.parametrize(
-    "expected", ["No such file or directory", "is not a file", "qcow2", "short", "feature", "is not a file "]
+    "expected", ["No such file or directory", "is a directory", "qcow2", "short", "feature", "is not a regular file"]
 )
 def test_a_bad_image_is_one_clear_line(not_images: dict[str, Path], short_path: Path, expected: str) -> None:
     bad = not_images[expected]
@@ -147,6 +147,8 @@ def test_an_image_that_qemu_writes_is_refused_and_qemu_named(image: Path, short_
             assert line
         for said in refused_by_both(image, short_path / "s"):
             assert f"{image} is in use: qemu" in said
+        # Nobody is told that it is served.
+        assert run(PROGRAM, "serve", image, "--socket", short_path / "s", check=False).stdout == ""
         qemu.communicate("quit\n")
     assert not is_attached(image)
 
@@ -161,8 +163,8 @@ def test_who_may_not_write_is_told_so_and_of_read_only(image: Path, short_path: 
     there.write_bytes(image.read_bytes())
     there.chmod(0o444)
     said, by_nbdkit = refused_by_both(there, short_path / "s", cwd="/", **how)
-    assert said == f"nbd-qcow2j: {there}: Permission denied; --read-only needs less"
-    assert f"{there}: Permission denied; read-only=true needs only" in by_nbdkit
+    assert said == f"nbd-qcow2j: {there}: Permission denied; served read-only it can be"
+    assert f"{there}: Permission denied; served read-only it can be" in by_nbdkit
     if how:
         there.chmod(0o666)
         said = refused(PROGRAM, "serve", there, "--socket", short_path / "s", cwd="/", **how)
@@ -447,3 +449,23 @@ def test_another_python_on_the_path_does_not_matter(image: Path, tmp_path: Path,
     path = f"{program.parent}:{os.environ['PATH']}"
     words = [PROGRAM, "serve", image, "--socket", short_path / "s", "--", "--run", 'nbdinfo --size "$uri"']
     assert run(*words, env={**os.environ, "PATH": path}).stdout.endswith(f"{64 << 20}\n")
+
+
+SIZE = "nbdinfo --size $uri"
+
+
+@pytest.mark.parametrize("words", [["--run", f"{SIZE} && test a=b = a=b"], ["--exportname", "a=b", "--run", SIZE]])
+def test_what_belongs_to_an_option_of_nbdkit_stays_with_it(image: Path, short_path: Path, words: list[str]) -> None:
+    done = run(PROGRAM, "serve", image, "--socket", short_path / "s", "--", *words)
+    assert str(1 << 20) in done.stdout.splitlines() or "10737418240" in done.stdout
+    assert not is_attached(image)
+
+
+def test_a_name_that_is_not_utf_8_is_refused_in_one_line(image: Path, short_path: Path) -> None:
+    bad = os.fsencode(short_path) + b"/bad\xff.qcow2"
+    with open(bad, "wb") as file:
+        file.write(image.read_bytes())
+    said = refused(PROGRAM, "serve", os.fsdecode(bad), "--socket", short_path / "s")
+    assert "is not UTF-8" in said
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    assert b"virtual-size" in subprocess.run([PROGRAM, "info", bad], env=env, capture_output=True, check=True).stdout

@@ -104,6 +104,20 @@ def assert_plain(image: Path) -> None:
     run("qemu-img", "check", "-q", image)
 
 
+@pytest.mark.parametrize("how", [signal.SIGHUP, signal.SIGQUIT], ids=lambda how: how.name)
+@pytest.mark.parametrize("daemonize", [False, True], ids=["foreground", "daemon"])
+def test_a_closed_terminal_ends_the_server_too(
+    serve: Callable[..., Server], image: Path, daemonize: bool, how: signal.Signals
+) -> None:
+    server = serve(image, daemonize=daemonize)
+    with idle_client(server):
+        began = time.monotonic()
+        server.stop(how)
+        assert time.monotonic() - began < STOP_SECONDS
+    assert_plain(image)
+    assert not server.path.exists()
+
+
 @pytest.mark.parametrize("how", SIGNALS, ids=lambda how: how.name)
 @pytest.mark.parametrize("daemonize", [False, True], ids=["foreground", "daemon"])
 @pytest.mark.parametrize("client", [no_client, idle_client, busy_client, deep_client, deaf_client])
