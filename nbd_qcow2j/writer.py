@@ -3,7 +3,7 @@ little to do. Requests never hop into it; they only wake it.
 
     commit      when `commit_interval` passed, or the running transaction has `commit_size`
     checkpoint  while the ring is fuller than `checkpoint_start`; when idle for `checkpoint_interval`; at once if tight
-    room        while the pool is low; when freed clusters may be given back
+    room        while the pool is low; when freed clusters may be given back; once a second, a look at some tables more
 
 Each step is an operation of the engine, run in a worker thread by the driver: an fdatasync must not keep the
 other tasks waiting. A task that fails, in whatever way, latches the device at once and under the lock: waiting
@@ -238,4 +238,6 @@ class Writer:
                 except RequestError:
                     # A synchronous ENOSPC loses nothing: requests that need room are told, we try again.
                     await trio.sleep(RETRY_SECONDS)
+            if allocator.counted is not None and not allocator.counted.finished:
+                await self._step(allocator.counted.go_on())
             await self._room.wait(1.0)

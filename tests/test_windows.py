@@ -338,6 +338,7 @@ def recover(life: Life) -> None:
     life.flush()
     life.write(40, 8)
     life.checkpoint()
+    life.commit()
     life.sim.kill()
     with life.window():
         life.open()

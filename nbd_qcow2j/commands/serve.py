@@ -23,12 +23,10 @@ from typing import Any
 from urllib.parse import quote
 
 from ..errors import Error, ImageError, OptionError, printable
-from ..format.header import check_usable
+from ..format.header import check_usable, parse_header
 from ..image.backing import open_backing
 from ..locks import READER, WRITER
-from ..opening import read_header
 from ..options import UNITS, Options, describe_options, parse_address, parse_options
-from ..steps import run_simply
 from ..storage import FileStorage
 
 # nbdkit's threads for each connection; requests of one connection that wait for the disk at once. Measured on two
@@ -160,7 +158,9 @@ def check_image(options: Options) -> None:
         raise ImageError(f"the name {printable(path)} is not UTF-8, which nbdkit cannot pass on: rename it") from None
     with FileStorage.open(path, read_only=options.read_only) as file:
         file.lock(READER if options.read_only else WRITER)
-        header, _ = run_simply(read_header(file, name=path))
+        data = bytearray(64 << 10)
+        file.read_into(data, 0)
+        header = parse_header(bytes(data), file_size=file.size(), name=path)
         check_usable(header, write=not options.read_only, name=path)
         backing = open_backing(header, path, policy=options.backing, opener=_open_to_look)
         if backing is not None:
