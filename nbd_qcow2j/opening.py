@@ -55,7 +55,7 @@ MAX_L1_BYTES = 32 << 20
 MAX_REFTABLE_BYTES = 8 << 20
 """Limits: as in qemu."""
 COUNTED_AT_CLOSE = 1 << 16
-"""L2 entries that are looked at when the image is closed: 50 ms, and all of a disk of 4 GiB."""
+"""L2 entries that are looked at when the image is closed: 0.1 s, and all of a disk of 4 GiB."""
 FAR_BEHIND = 1 << 30
 """The journal goes behind all that is used: damaged refcounts must not send it to where no file reaches."""
 

@@ -2,8 +2,8 @@
 
 A cluster without a refcount is free, says the specification; in an image whose refcounts are too low it is somebody's
 data. Until all L2 tables were looked at, nothing is taken from what was there: the file is lengthened instead, and
-not shortened. It is looked at little by little, by whoever needs room, so that an opening does not wait for it; a
-TiB of 64 KiB clusters takes some ten seconds of a processor in all.
+not shortened. It is looked at little by little, by whoever needs room and once a second, so that an opening does not
+wait for it. An entry takes 1.7 us (64 GiB with all clusters in order, two busy cores): 14 ms in a second.
 
 What is met marks the image corrupt. What cannot be read, or is too much, leaves the question open for good.
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 AT_ONCE: Final = 1 << 13
 """L2 entries that one call looks at."""
-SLICE: Final = 512
-"""And those in one hold: some 300 us."""
+SLICE: Final = 256
+"""And those in one hold: some 400 us."""
 L1_PIECE: Final = 1 << 12
 """Entries of an L1 table that are looked through, or read, together."""
 MAX_TABLES: Final = 1 << 20
@@ -145,8 +145,8 @@ class Counted:
                         hosts.update(self._mapping.host_clusters(each))
                 hosts.add(also >> bits)
                 hosts.discard(0)
-                missing = {each // per_block for each in hosts} - pinned.keys()
-                missing = {index for index in missing if allocator.has_block(index)}
+                counting = {each // per_block for each in hosts}
+                missing = {index for index in counting - pinned.keys() if allocator.has_block(index)}
                 if not missing:
                     break
                 for index in missing:
@@ -154,10 +154,15 @@ class Counted:
                     if block is not None:
                         block.pins += 1
                         pinned[index] = block
-            without = min((each for each in hosts if not allocator.refcount(each)), default=0)
-            if without:
-                self.finished = True
-                allocator.on_corrupt(f"{what} leads to host cluster {without}, which has no refcount")
+            for index in sorted(counting):
+                base = index * per_block
+                among = [each - base for each in hosts if 0 <= each - base < per_block]
+                counts = allocator.block(base)
+                without = counts.find_zero(among) if counts is not None else min(among)
+                if without >= 0:
+                    self.finished = True
+                    allocator.on_corrupt(f"{what} leads to host cluster {base + without}, which has no refcount")
+                    return
         finally:
             for each_block in pinned.values():
                 each_block.pins -= 1

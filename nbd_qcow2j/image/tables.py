@@ -92,6 +92,16 @@ class RefcountBlock(Table):
         mask = ((1 << (1 << self.order)) - 1) << (bit & 7)
         self.data[bit >> 3] = self.data[bit >> 3] & ~mask | value << (bit & 7)
 
+    def find_zero(self, indexes: list[int]) -> int:
+        """One of these entries that is zero; -1 where none is."""
+        data = self.data
+        if self.order == 4:
+            # The usual width: a call of `get` for each would take four times as long.
+            zeros = [index for index in indexes if not data[2 * index] and not data[2 * index + 1]]
+        else:
+            zeros = [index for index in indexes if not self.get(index)]
+        return min(zeros, default=-1)
+
     def zero_runs(self, first: int, end: int) -> list[tuple[int, int]]:
         """(first, end) runs of entries that are zero, among those from `first` to `end`."""
         runs: list[tuple[int, int]] = []
