@@ -136,7 +136,10 @@ class InPlace:
         if cluster in disk.pending.clusters or not disk.mapping.l2_offset(cluster):
             return False
         offset = disk.mapping.l2_offset(cluster)
-        if reason := (yield from disk.allocator.why_bad_table(offset)):
+        reason = yield from disk.allocator.why_bad_table(offset)
+        if offset != disk.mapping.l2_offset(cluster):
+            return False
+        if reason:
             disk.mark_corrupt(f"L1 entry {cluster // disk.geometry.l2_entries} names host offset {offset}, {reason}")
             disk.refuse_corrupt()
         table = yield from disk.mapping.load_l2(cluster)

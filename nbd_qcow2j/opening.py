@@ -287,7 +287,9 @@ def _build(
         ring=(location.offset, location.offset + location.length) if location else (0, 0),
     )  # fmt: skip
     if not read_only:
-        allocator.counted = Counted(mapping, allocator, file, list(overlaps.snapshots))
+        allocator.counted = Counted(
+            mapping, allocator, file, list(overlaps.snapshots) if overlaps.snapshots_known else None
+        )
     disk = Disk(
         name=name, geometry=geometry, file=file, background=background, mapping=mapping, cache=cache,
         allocator=allocator, log=log, backing=backing, compression_type=header.compression_type, settings=settings,
@@ -312,9 +314,14 @@ def _keep_snapshots(overlaps: Overlaps, header: Header, table: bytes, *, name: s
         snapshots = read_snapshot_table(header, read, name)
     except ImageError:
         # Serving needs nothing of it; `check` says what is wrong.
+        overlaps.snapshots_known = False
         return
-    overlaps.keep(header.snapshots_offset, snapshots[-1].end - header.snapshots_offset, "the snapshot table")
+    length = snapshots[-1].end - header.snapshots_offset
+    overlaps.keep(header.snapshots_offset, length, "the snapshot table")
+    overlaps.snapshots_known = length <= SNAPSHOTS_READ
     for each in snapshots:
+        if not 0 <= each.l1_offset < MAX_HOST_OFFSET or each.l1_entries * 8 > MAX_L1_BYTES:
+            overlaps.snapshots_known = False
         if 0 < each.l1_offset < MAX_HOST_OFFSET and each.l1_entries:
             length = min(each.l1_entries * 8, MAX_L1_BYTES)
             overlaps.keep(each.l1_offset, length, "the L1 table of a snapshot")

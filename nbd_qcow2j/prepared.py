@@ -58,8 +58,12 @@ class Prepared:
         """The L2 table of a cluster, ours and pinned; takes its token, or one of this operation's."""
         disk = self.disk
         index = cluster // disk.geometry.l2_entries
-        offset = disk.mapping.l2_offset(cluster)
-        what = yield from disk.allocator.why_bad_table(offset)
+        while True:
+            offset = disk.mapping.l2_offset(cluster)
+            what = yield from disk.allocator.why_bad_table(offset)
+            # Somebody may have copied the table while its refcount was read: then it says nothing of the new one.
+            if offset == disk.mapping.l2_offset(cluster):
+                break
         if what:
             self.found_corrupt(f"L1 entry {index} names host offset {offset}, {what}")
         promised = index in disk.table_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -188,13 +189,8 @@ def test_a_table_that_cannot_be_read_as_one_keeps_the_free_clusters(image: Image
 
 @pytest.mark.parametrize("what", ["table", "data"])
 def test_what_only_a_snapshot_names_is_asked_for_too(tmp_path: Path, what: str) -> None:
-    path = tmp_path / "s.qcow2"
-    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", path, "8M")
-    run("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 8k", path)
-    run("qemu-img", "snapshot", "-c", "s", path)
-    # The active state has clusters of its own now, and a table.
-    run("qemu-io", "-f", "qcow2", "-c", "write -P 8 0 8k", path)
-    image = Image(SimDisk.from_file(path))
+    # The active state has clusters of its own, and a table.
+    image = snapshot_image(tmp_path / "s.qcow2")
     table = image.number(image.header.snapshots_offset)
     l2 = image.number(table) & MASK
     host = l2 // CLUSTER if what == "table" else (image.number(l2) & MASK) // CLUSTER
@@ -219,7 +215,7 @@ def test_an_answer_is_not_wrong_while_clusters_are_freed_and_made(image: Image) 
         assert asked is not None
         disk.allocator.counted = None
         stepper = Stepper(rng)
-        tasks = [stepper.add(asked.go_on(1 << 20), "asked")]
+        tasks = [stepper.add(asked.go_on(1 << 20), f"asked {number}") for number in range(2)]
         for number in range(8):
             offset = rng.randrange(TABLES) * (2 << 20) + rng.randrange(4) * CLUSTER
             change = (
@@ -234,6 +230,99 @@ def test_an_answer_is_not_wrong_while_clusters_are_freed_and_made(image: Image) 
         assert asked.holds, f"seed {seed}: {disk.corrupt}"
         assert not disk.corrupt
         settle(engine, detach(disk))
+
+
+@pytest.mark.parametrize("cluster", [0, 300])
+def test_two_who_ask_at_once_leave_nothing_out(image: Image, cluster: int) -> None:
+    # The writer asks once a second, and whoever needs room: entries between two slices, and tables, were passed over.
+    engine, disk = image.open()
+    settle(engine, changes.write(disk, b"d" * CLUSTER, (2 << 20) + cluster * CLUSTER))
+    settle(engine, detach(disk))
+    image.uncount(image.host_of(1, cluster))
+    for seed in range(40):
+        disk = Engine(image.sim.copy(), SHAPE, Random(1)).open()
+        asked = disk.allocator.counted
+        assert asked is not None
+        stepper = Stepper(Random(seed))
+        tasks = [stepper.add(asked.go_on(1 << (20 - 7 * number)), f"asked {number}") for number in range(3)]
+        stepper.run(*tasks)
+        assert [task.error for task in tasks if task.error] == []
+        assert not asked.holds, f"seed {seed}"
+        assert disk.corrupt
+
+
+def snapshot_image(path: Path, count: int = 1) -> Image:
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", path, "8M")
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 8k", path)
+    for number in range(count):
+        run("qemu-img", "snapshot", "-c", str(number), path)
+        run("qemu-io", "-f", "qcow2", "-c", f"write -P {8 + number} 0 8k", path)
+    return Image(SimDisk.from_file(path))
+
+
+def test_two_who_ask_of_snapshots_at_once_are_answered(tmp_path: Path) -> None:
+    image = snapshot_image(tmp_path / "s.qcow2", 3)
+    for seed in range(40):
+        disk = Engine(image.sim.copy(), SHAPE, Random(1)).open()
+        asked = disk.allocator.counted
+        assert asked is not None
+        stepper = Stepper(Random(seed))
+        tasks = [stepper.add(asked.go_on(), f"asked {number}") for number in range(3)]
+        stepper.run(*tasks)
+        assert [task.error for task in tasks if task.error] == []
+        assert asked.holds
+
+
+def test_a_snapshot_that_names_a_refcount_block_keeps_nobody_from_it(tmp_path: Path) -> None:
+    image = snapshot_image(tmp_path / "s.qcow2")
+    image.put(image.number(image.header.snapshots_offset) + 8, image.block.to_bytes(8, "big"))
+    engine, disk = image.open()
+    ask_for_room(engine, disk)
+    asked = disk.allocator.counted
+    assert asked is not None
+    assert (asked.finished, asked.holds) == (True, False)
+    settle(engine, changes.guarded(disk, changes.write(disk, b"n" * CLUSTER, 1 << 20), "write"))
+    settle(engine, disk.flush())
+    settle(engine, detach(disk))
+
+
+def test_snapshots_that_are_not_all_known_keep_the_free_clusters(tmp_path: Path) -> None:
+    # The second entry of their table cannot be walked: what it names may be anywhere.
+    image = snapshot_image(tmp_path / "s.qcow2", 2)
+    at = image.header.snapshots_offset
+    length = 40 + 16 + sum(int.from_bytes(image.bytes(at + field, 2), "big") for field in (12, 14))
+    image.put(at + -(-length // 8) * 8 + 36, (1 << 20).to_bytes(4, "big"))
+    engine, disk = image.open()
+    end = disk.allocator.end
+    ask_for_room(engine, disk)
+    assert all(host >= end for host in disk.allocator.pool)
+    settle(engine, detach(disk))
+
+
+def test_a_table_that_was_copied_while_its_refcount_was_read_is_not_what_is_judged(image: Image) -> None:
+    # An L1 entry without COPIED, as an interrupted removal of a snapshot leaves it: whoever comes first copies the
+    # table and frees the old one, while others wait for the refcount block to ask about that.
+    entry = image.number(image.header.l1_offset)
+    image.put(image.header.l1_offset, (entry & ~(1 << 63)).to_bytes(8, "big"))
+    for seed in range(100):
+        engine = Engine(image.sim.copy(), SHAPE, Random(1))
+        disk = engine.open()
+        disk.settings = replace(disk.settings, direct_write=CLUSTER)
+        disk.allocator.counted = None
+        settle(engine, disk.allocator.ensure(16))
+        for offset in list(disk.cache.tables):
+            disk.cache.forget(offset)
+        stepper = Stepper(Random(seed))
+        tasks = [
+            stepper.add(
+                changes.guarded(disk, changes.write(disk, bytes([number]) * CLUSTER, (8 + number) * CLUSTER), "write"),
+                f"write {number}",
+            )
+            for number in range(3)
+        ]
+        stepper.run(*tasks)
+        assert [task.error for task in tasks if task.error] == [], f"seed {seed}"
+        assert not disk.corrupt, f"seed {seed}: {disk.corrupt}"
 
 
 REFUSED: dict[str, Callable[[Image], None]] = {

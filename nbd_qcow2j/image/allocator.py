@@ -92,7 +92,8 @@ class Allocator:
             block = yield from self.cache.load(offset, self._make_block, what="refcount block")
             # The table may have moved while the block was read.
             if offset == self._block_offset(cluster // self.geometry.refcount_block_entries):
-                assert isinstance(block, RefcountBlock)
+                if not isinstance(block, RefcountBlock):
+                    raise ImageError("a refcount block is named as a table too", where=self.cache.name, found=offset)
                 return block
         return None
 

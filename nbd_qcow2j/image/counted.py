@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Final
 
 from ..errors import ImageError, ReadFailed
 from ..format.tables import OFFSET_MASK, OFLAG_COMPRESSED, table_from_bytes
-from ..steps import Operation, Pause, Read
+from ..steps import Gate, Operation, Pause, Read, Wait
+from .overlap import ACTIVE_TABLE
 from .tables import l2_table
 
 if TYPE_CHECKING:
@@ -40,25 +41,38 @@ class Counted:
     """The question, and how far it is answered."""
 
     def __init__(
-        self, mapping: Mapping, allocator: Allocator, storage: Storage, snapshots: list[tuple[int, int]]
+        self, mapping: Mapping, allocator: Allocator, storage: Storage, snapshots: list[tuple[int, int]] | None
     ) -> None:
-        """`snapshots`: (host offset, entries) of their L1 tables."""
+        """`snapshots`: (host offset, entries) of their L1 tables, None where not all of them are known."""
         self._mapping, self._allocator, self._storage = mapping, allocator, storage
         self._geometry = mapping.geometry
         self._at = 0
         """The next entry of the active L1 table."""
-        self._snapshots = snapshots
+        self._snapshots = snapshots or []
         self._tables: list[int] = []
         """Offsets of L2 tables of snapshots, the next one last."""
         self._seen: set[int] = set()
         self._inside = 0
         """The next entry of the table that is looked at."""
-        self.finished = False
+        self.finished = snapshots is None
         self.holds = False
         """All was looked at, and all has a refcount."""
+        self._busy = False
+        self._gate = Gate("tables looked at")
 
     def go_on(self, entries: int = AT_ONCE) -> Operation[bool]:
-        """Look at so many entries more, or a few above; True where free clusters may be used."""
+        """Look at so many entries more, or a few above; True where free clusters may be used. One caller at a time."""
+        # Order: two who looked at one slice would both pass on, and leave out the one after it.
+        while self._busy:
+            yield Wait(self._gate)
+        self._busy = True
+        try:
+            return (yield from self._go_on(entries))
+        finally:
+            self._busy = False
+            self._gate.open()
+
+    def _go_on(self, entries: int) -> Operation[bool]:
         while not self.finished and entries > 0:
             try:
                 if self._at < self._geometry.l1_entries:
@@ -94,6 +108,10 @@ class Counted:
         self._at += self._is_done()
 
     def _of_snapshot(self, offset: int) -> Operation[None]:
+        if self._allocator.overlaps.what(offset >> self._geometry.cluster_bits) not in ("", ACTIVE_TABLE):
+            # It is no table: to load it as one would keep whoever needs what it is from loading that.
+            self.finished = True
+            return
         # What a snapshot names is never changed: an active table that it shares is copied first.
         yield from self._slice(
             lambda: self._mapping.cache.load(offset, l2_table, what="L2 table of a snapshot"),

@@ -26,6 +26,7 @@ from ..errors import ImageError
 from ..format.tables import OFFSET_MASK
 from ..geometry import Geometry
 
+ACTIVE_TABLE: Final = "an L2 table"
 MAX_KEPT: Final = 1 << 18
 """Limit: a table of 65,536 snapshots may claim more than memory should hold; what is beyond is `check`'s to find."""
 
@@ -44,6 +45,8 @@ class Overlaps:
         """Clusters of the snapshot table and of the snapshots' L1 tables."""
         self.snapshots: set[tuple[int, int]] = set()
         """(host offset, entries) of the snapshots' L1 tables."""
+        self.snapshots_known = True
+        """Whether these are all of them."""
         self._keepable = MAX_KEPT
         self.counted: set[int] = set()
         """Clusters of L2 tables that were seen to have a refcount: whoever changes a table asks once."""
@@ -118,7 +121,7 @@ class Overlaps:
     def what(self, cluster: int) -> str:
         """What metadata a host cluster is; empty where it is none that is known."""
         if cluster in self.tables:
-            return "an L2 table"
+            return ACTIVE_TABLE
         if cluster in self.blocks:
             return "a refcount block"
         return self.kept.get(cluster) or self._fixed(cluster)
