@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 from conftest import PROGRAM, START_SECONDS, TOP, Server, free_port, is_attached, poll, run
 from guest import Guest, Kernel, attach_line, find, make_initramfs, make_tree
+from scale import scaled
 
 # A device that was in use is free again when its last user has closed it, which is a little later.
 IS_FREE = "until [ $(cat /sys/block/nbd0/size) = 0 ]; do usleep 10000; done"
@@ -203,10 +204,10 @@ GEOMETRIES: list[dict[str, str]] = [{}, {"cluster_size": "4k"}, {"extended_l2": 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("options", GEOMETRIES, ids=str)
-def test_sixty_kills_on_four_geometries(
+def test_more_kills_on_four_geometries(
     options: dict[str, str], make_image: Callable[..., Path], serve: Callable[..., Server], guests: Guests, guest: Guest
 ) -> None:
-    kill_rounds(make_image("192M", **options), serve, guests, rounds=15, seed=2)
+    kill_rounds(make_image("192M", **options), serve, guests, rounds=scaled(8), seed=2)
 
 
 # ---- What nbd-client makes of a server that dies ----------------------------------------------------

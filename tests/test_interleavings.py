@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from engine import Engine, Shape, settle
 from invariants import no_leaks, recover
+from scale import scaled
 from stage import BACKED, PAGES, SMALL, WIDE, Stage, chain, drain_pool
 from stepper import Chooser, Stepper, every_order
 
@@ -263,7 +264,7 @@ def test_every_order_of_callers_gives_what_is_allowed_and_ends(name: str) -> Non
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", SCENES)
 def test_every_order_of_callers_to_a_higher_limit(name: str) -> None:
-    run_scene(name, 3000)
+    run_scene(name, scaled(600))
 
 
 def run_scene(name: str, limit: int) -> None:

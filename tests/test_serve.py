@@ -425,7 +425,8 @@ def test_a_client_that_vanishes_with_replies_due_does_not_end_a_server_of_one_th
     assert server.connect().pread(512, 0) == bytes(512)
 
 
-def test_an_empty_image_answers_within_a_second(serve: Callable[..., Server], make_image: Callable[..., Path]) -> None:
+def test_a_large_empty_image_answers_soon(serve: Callable[..., Server], make_image: Callable[..., Path]) -> None:
+    # A second on a slow machine that does other things as well; what grew with the size would take minutes.
     image = make_image(size="1T")
     best = 99.0
     for _ in range(3):
@@ -434,7 +435,7 @@ def test_an_empty_image_answers_within_a_second(serve: Callable[..., Server], ma
         server.connect().pread(4096, 1 << 39)
         best = min(best, time.monotonic() - began)
         server.stop()
-    assert best < 1.0
+    assert best < 5.0
 
 
 def test_another_python_on_the_path_does_not_matter(image: Path, tmp_path: Path, short_path: Path) -> None:

@@ -28,6 +28,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from invariants import NEVER, Watch, no_leaks, recover, squeeze
+from scale import scaled
 from simdisk import SimDisk
 from stepper import Deadlock, Stepper, Task
 
@@ -489,4 +490,4 @@ def test_whatever_happens_in_whatever_order_nothing_flushed_is_lost_and_nothing_
 
 @pytest.mark.sweep
 def test_whatever_happens_for_a_long_time() -> None:
-    drive(1500, 100, derandomize=False)
+    drive(scaled(250), 100, derandomize=False)

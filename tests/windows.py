@@ -26,6 +26,7 @@ from typing import Any
 
 from engine import SECTOR, Oracle, Pattern, Shape, fill, number_of
 from refcounts import reference_counts
+from scale import scaled
 from simdisk import SimDisk, SimStorage
 
 from nbd_qcow2j import changes, checkpoint
@@ -203,7 +204,9 @@ class Effort:
 
 
 QUICK = Effort(subsets=24, restart=8, deeper=4, second=100, third=30, sampled=10, judged=2)
-THOROUGH = Effort(subsets=320, restart=64, deeper=8, second=1000, third=500, sampled=100, judged=20)
+THOROUGH = Effort(
+    subsets=320, restart=16, deeper=4, second=scaled(200), third=scaled(80), sampled=scaled(20), judged=10
+)  # fmt: skip
 
 
 @dataclass
