@@ -292,7 +292,7 @@ def test_a_move_of_the_refcount_table_can_be_cut_anywhere(name: str) -> None:
         int(cluster), int(length), names == "names", UNKNOWN if what == "everything" else (),
         {"backing name": b"base.img", "everything": b"base.img", "long backing name": LONG[:300]}.get(what, b""),
     )  # fmt: skip
-    shape = Shape("", variant.cluster_size * (variant.cluster_size // 8 + 40), backed=bool(variant.backing))
+    shape = Shape("", variant.cluster_size * (variant.cluster_size // 8 + 40), 1 << 18, backed=bool(variant.backing))
     image, rng = image_before_a_move(variant, shape), Random(3)
     original = bytearray(variant.cluster_size)
     SimStorage(image, "before").read_into(original, 0)

@@ -52,8 +52,9 @@ MAX_L1_ENTRIES: Final = (32 << 20) // 8
 MEMORY_BASE: Final = 128 << 20
 MEMORY_PER_ENTRY: Final = 64
 """Limit: an honest image packs what it names closely and needs a few bytes for each entry of its L2 tables."""
-READ_SLACK: Final = 1 << 20
-CLUSTERS_SLACK: Final = 4
+READ_SLACK: Final = 8 << 20
+ENTRY_COST: Final = 16
+"""What an entry that is looked at by itself counts for, in bytes that were read: it takes longer than those in runs."""
 MAX_READ: Final = 16 << 30
 """Limit: tables do not overlap, so together they are no larger than the file; 16 GiB of L2 map 128 TiB."""
 
@@ -107,7 +108,7 @@ class References:
         self.tables: Counter[int] = Counter()
         """How often L1 tables, of snapshots too, name an L2 table, by its offset."""
         self._read = read
-        self._readable = min(self.file_size + READ_SLACK + CLUSTERS_SLACK * self.size, MAX_READ)
+        self._readable = min(self.file_size + READ_SLACK, MAX_READ)
         self._zeros = bytes(self.size)
         # A whole table is looked at as one number: a bit that is set in any entry shows in one operation.
         self._unusual = self._in_every_entry(OFLAG_COMPRESSED | L2_RESERVED | (OFFSET_MASK & (self.size - 1)))
@@ -297,6 +298,7 @@ class References:
             if not entry and not bitmap:
                 continue
             self.memory.allowed += MEMORY_PER_ENTRY
+            self._readable -= ENTRY_COST
             what = "" if report.is_full else f"L2 entry {entry:#x} (index {index} of the table at {where:#x})"
             if entry & OFLAG_COMPRESSED:
                 if entry & OFLAG_COPIED:
