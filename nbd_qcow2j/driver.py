@@ -324,7 +324,7 @@ def open_device(options: Options, *, recover: bool = False) -> Device:
         # Order: locked before the header is read, or another server's bytes would be believed.
         file.lock(READER if options.read_only else WRITER)
         header, _ = run_simply(read_header(file, name=options.file))
-        backing = open_backing(header, options.file, policy=options.backing, opener=_open_backing_file)
+        backing = open_backing(header, options.file, policy=options.backing, opener=FileStorage.open_backing)
         background = file if options.read_only else file.reopen()
         if background is not file:
             files.append(background)
@@ -348,13 +348,3 @@ def open_device(options: Options, *, recover: bool = False) -> Device:
             raise ImageError(f"{options.file}: {error.strerror}") from error
         raise
     return Device(disk, options, files)
-
-
-def _open_backing_file(path: str) -> Storage:
-    file = FileStorage.open(path, read_only=True)
-    try:
-        file.lock(READER)
-    except BaseException:
-        file.close()
-        raise
-    return file

@@ -188,12 +188,11 @@ def _check_usable(header: Header, *, write: bool, recover: bool, name: str) -> N
     check_usable(header, write=write, name=name)
 
 
-def _overlay(data: bytearray, offset: int, plan: ReplayPlan | None) -> bytearray:
-    if plan is not None:
-        for at in range(0, len(data), SECTOR):
-            entry = plan.sectors.get(offset + at)
-            if entry is not None:
-                data[at : at + SECTOR] = entry[0]
+def _overlay(data: bytearray, offset: int, sectors: dict[int, tuple[bytes, int]]) -> bytearray:
+    """Lay what is not home yet over what was read at `offset`."""
+    for at in range(0, len(data), SECTOR) if sectors else ():
+        if (entry := sectors.get(offset + at)) is not None:
+            data[at : at + SECTOR] = entry[0]
     return data
 
 
@@ -221,16 +220,16 @@ def _read_tables(
         raise ImageError(
             "refcount table too large", where=name, expected=f"at most {MAX_REFTABLE_BYTES}", found=table_bytes
         )
-    l1_data = _overlay((yield Read(file, header.l1_offset, l1_bytes)), header.l1_offset, plan)
+    sectors = plan.sectors if plan is not None else {}
+    l1_data = _overlay((yield Read(file, header.l1_offset, l1_bytes)), header.l1_offset, sectors)
     ref_data = _overlay(
-        (yield Read(file, header.refcount_table_offset, table_bytes)), header.refcount_table_offset, plan
+        (yield Read(file, header.refcount_table_offset, table_bytes)), header.refcount_table_offset, sectors
     )
     reftable = Table(header.refcount_table_offset, table_from_bytes(ref_data))
     file_size = yield FileSize(file)
     # Reading needs no refcounts, and none of what may be wrong with them is in its way.
     last = 1
     if not read_only:
-        sectors = plan.sectors if plan is not None else {}
         last = yield from _last_used(file, geometry, reftable, sectors, file_size=file_size, name=name)
     return _Tables(Table(header.l1_offset, table_from_bytes(l1_data)), reftable, last, file_size)
 
@@ -318,7 +317,8 @@ def _keep_snapshots(overlaps: Overlaps, header: Header, table: bytes, *, name: s
         return
     length = snapshots[-1].end - header.snapshots_offset
     overlaps.keep(header.snapshots_offset, length, "the snapshot table")
-    overlaps.snapshots_known = length <= SNAPSHOTS_READ
+    if length > SNAPSHOTS_READ:
+        overlaps.snapshots_known = False
     for each in snapshots:
         if not 0 <= each.l1_offset < MAX_HOST_OFFSET or each.l1_entries * 8 > MAX_L1_BYTES:
             overlaps.snapshots_known = False
@@ -374,10 +374,7 @@ def _last_used(
             if not any(data for _, data in runs):
                 empty.add(offset)
                 continue
-        data = yield Read(file, offset, size)
-        for at in range(0, size, SECTOR) if sectors else ():
-            if (entry := sectors.get(offset + at)) is not None:
-                data[at : at + SECTOR] = entry[0]
+        data = _overlay((yield Read(file, offset, size)), offset, sectors)
         stripped = len(data.rstrip(b"\0"))
         if stripped:
             block = RefcountBlock(offset, data, geometry.refcount_order)

@@ -29,7 +29,7 @@ from contextlib import suppress
 from typing import Final, Protocol, Self
 
 from .errors import ImageError, printable
-from .locks import LockUse, acquire
+from .locks import READER, LockUse, acquire
 from .steps import Buffer
 
 MAX_BUFFERS: Final = 1024
@@ -142,6 +142,17 @@ class FileStorage:
             os.close(fd)
             raise
         return cls(fd, name, read_only=read_only)
+
+    @classmethod
+    def open_backing(cls, path: str) -> FileStorage:
+        """Open a backing file, and keep writers from it. Raises ImageError, LockedError."""
+        file = cls.open(path, read_only=True)
+        try:
+            file.lock(READER)
+        except BaseException:
+            file.close()
+            raise
+        return file
 
     def reopen(self) -> FileStorage:
         """A second open file description of the same file, even if it was renamed or unlinked since.

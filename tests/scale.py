@@ -1,11 +1,11 @@
-"""How much the sweeps do. As it is, `deploy/test --all` takes less than an hour on two slow cores."""
+"""How much those sweeps do that draw at random; what is exhaustive, and the kills and the soak, are what they are."""
 
 from __future__ import annotations
 
 import os
 
 SCALE = float(os.environ.get("SWEEP_SCALE", "1"))
-"""SWEEP_SCALE=4 makes them four times as long: for a night, or for a change of the protocol."""
+"""SWEEP_SCALE=4 lets them draw four times as much: for a night, or for a change of the protocol."""
 
 
 def scaled(count: int) -> int:

@@ -36,12 +36,10 @@ class Image:
         self.block = self.number(self.header.refcount_table_offset)
 
     def bytes(self, offset: int, length: int) -> bytes:
-        data = bytearray(length)
-        SimStorage(self.sim, "looked at", read_only=True).read_into(data, offset)
-        return bytes(data)
+        return self.sim.peek(offset, length)
 
     def number(self, offset: int) -> int:
-        return int.from_bytes(self.bytes(offset, 8), "big")
+        return int.from_bytes(self.sim.peek(offset, 8), "big")
 
     def put(self, offset: int, content: bytes) -> None:
         storage = SimStorage(self.sim, "damaged")

@@ -495,6 +495,8 @@ def test_snapshots_that_name_one_table_are_looked_at_no_more_than_as_many() -> N
     assert len(overlaps.kept) == (32 << 20) // 512
     overlaps.keep(1 << 40, 512, "the L1 table of a snapshot")
     assert not overlaps.what((1 << 40) // 512)
+    # What is not kept in mind is not asked about: nothing is free by its refcount alone.
+    assert not overlaps.snapshots_known
 
 
 def test_a_bitmap_that_contradicts_its_entry_is_not_followed(tmp_path: Path, serve: Callable[..., Server]) -> None:

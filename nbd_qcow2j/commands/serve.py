@@ -162,19 +162,9 @@ def check_image(options: Options) -> None:
         file.read_into(data, 0)
         header = parse_header(bytes(data), file_size=file.size(), name=path)
         check_usable(header, write=not options.read_only, name=path)
-        backing = open_backing(header, path, policy=options.backing, opener=_open_to_look)
+        backing = open_backing(header, path, policy=options.backing, opener=FileStorage.open_backing)
         if backing is not None:
             backing.close()
-
-
-def _open_to_look(path: str) -> FileStorage:
-    file = FileStorage.open(path, read_only=True)
-    try:
-        file.lock(READER)
-    except BaseException:
-        file.close()
-        raise
-    return file
 
 
 def check_directory(name: str, path: str) -> None:

@@ -107,6 +107,9 @@ class Overlaps:
         self._keepable -= end - first
         if self._keepable >= 0:
             self.kept.update(dict.fromkeys(range(first, end), what))
+        else:
+            # Nobody looks whether these have refcounts, so nothing may be taken for free by its refcount.
+            self.snapshots_known = False
 
     def _fixed(self, cluster: int) -> str:
         if cluster == 0:

