@@ -7,6 +7,8 @@ wait for it. An entry takes 1.7 us (64 GiB with all clusters in order, two busy 
 
 What is met marks the image corrupt. What cannot be read, or is too much, leaves the question open for good.
 
+Limit: an entry that names what lies behind the end of the file is seen only while the file has not grown over that.
+
 Crash: nothing here is on disk; the next opening asks anew.
 """
 
