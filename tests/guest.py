@@ -57,7 +57,9 @@ if [ -e /sys/class/net/eth0 ]; then ip addr add 10.0.2.15/24 dev eth0; ip link s
 stty -F /dev/ttyS1 raw -echo
 exec 3<>/dev/ttyS1
 echo "@@ ready" >&3
-while read -r line <&3; do
+# Not the shell's own `read`: when something in the background ends while it reads, it begins anew, and what it had
+# of the line is lost.
+while line=$(head -n 1 <&3) && [ "$line" ]; do
     echo "$line" | base64 -d >/run/script
     sh /run/script </dev/null >&3 2>&1
     echo "@@ $?" >&3
