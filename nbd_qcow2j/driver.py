@@ -19,12 +19,13 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from . import changes, checkpoint
+from .attaching import detach
 from .counters import BOUNDS_PAGES, Histogram, Statistics
 from .disk import Disk, Settings
 from .errors import NO_ROOM, Error, ImageError, RequestError
 from .image.backing import Extent, open_backing
 from .locks import READER, WRITER
-from .opening import detach, open_disk, read_header
+from .opening import open_disk, read_header
 from .options import Options
 from .steps import Buffer, Operation, Pause, Step, Sync, Wait, run_simply
 from .storage import FileStorage, Storage

@@ -1,9 +1,4 @@
-"""From a file to a `Disk` and back: open, attach, replay, detach.
-
-Crash while attaching, before bit 62: a plain image; the ring was never refcounted, so nothing leaks.
-Crash after it: an empty journal is replayed.
-Crash while detaching, before the bit is cleared and synced: an empty journal is replayed. After it: a
-plain image whose header still holds our extension, which means nothing without the bit.
+"""From a file to a `Disk`: open, attach or replay (attaching.py has the way back).
 
 Order: every opening for writing begins with a sync, bit or no bit: a server killed between clearing the
 bit and its sync leaves a page cache that says *plain* and a disk that says *attached*.
@@ -11,13 +6,12 @@ bit and its sync leaves a page cache that says *plain* and a disk that says *att
 
 from __future__ import annotations
 
-import errno
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from .checkpoint import drain
+from .attaching import attach, last_used, overlay, place_journal
 from .disk import Disk, Settings
-from .errors import NO_ROOM, ImageError, RequestError
+from .errors import ImageError
 from .format.header import (
     INCOMPAT_CORRUPT,
     INCOMPAT_JOURNAL,
@@ -26,23 +20,23 @@ from .format.header import (
     journal_extension_of,
     parse_header,
 )
-from .format.header_rewrite import HeaderPlan, plan_attach, plan_detach, used_end
-from .format.journal import ALIGNMENT, MIN_RING, SLOTS_LENGTH, Location, Slot
-from .format.tables import MAX_HOST_OFFSET, REFTABLE_OFFSET_MASK, table_from_bytes
-from .geometry import SECTOR, Geometry
-from .image.allocator import Allocator, runs_of
+from .format.header_rewrite import used_end
+from .format.journal import ALIGNMENT, MIN_RING, SLOTS_LENGTH, Location
+from .format.tables import MAX_HOST_OFFSET, table_from_bytes
+from .geometry import SECTOR
+from .image.allocator import Allocator
 from .image.counted import Counted
 from .image.epochs import Epochs
 from .image.mapping import Mapping
 from .image.overlap import Overlaps
 from .image.snapshots import read_snapshot_table
-from .image.tables import HeaderSector, RefcountBlock, Table, TableCache
+from .image.tables import HeaderSector, Table, TableCache
 from .journal.log import Log
 from .journal.replay import ReplayPlan, plan_replay
 from .journal.ring import Ring
 from .journal.transaction import CommittedTransaction
 from .pending import Page
-from .steps import DataRuns, DropCached, FileSize, Operation, Punch, Read, Sync, Truncate, Write, WriteSync
+from .steps import DropCached, FileSize, Operation, Read, Sync, WriteSync
 
 if TYPE_CHECKING:
     from .image.backing import Layer
@@ -54,10 +48,6 @@ SNAPSHOTS_READ = 1 << 20
 MAX_L1_BYTES = 32 << 20
 MAX_REFTABLE_BYTES = 8 << 20
 """Limits: as in qemu."""
-COUNTED_AT_CLOSE = 1 << 16
-"""L2 entries that are looked at when the image is closed: 0.1 s, and all of a disk of 4 GiB."""
-FAR_BEHIND = 1 << 30
-"""The journal goes behind all that is used: damaged refcounts must not send it to where no file reaches."""
 
 
 def read_header(file: Storage, *, name: str) -> Operation[tuple[Header, bytes]]:
@@ -130,11 +120,13 @@ def open_disk(
     tables = yield from _read_tables(file, header, plan, read_only=read_only, name=name)
     location = plan.location if plan is not None else None
     if plan is None and not read_only:
-        location = _place_journal(header, tables, settings, name=name)
+        location = place_journal(
+            header, last=tables.last, size=tables.file_size, journal_size=settings.journal_size, name=name
+        )
     # Order: before the journal is attached: an image that is refused is left as it was.
     overlaps = yield from _find_overlaps(file, header, tables, location, read_only=read_only, name=name)
     if plan is None and location is not None:
-        yield from _attach(file, header, data, location, size=tables.file_size, uuid=uuid, name=name)
+        yield from attach(file, header, data, location, size=tables.file_size, uuid=uuid, name=name)
         data = bytes((yield Read(file, 0, HEADER_READ)))
     disk = _build(
         file,
@@ -188,14 +180,6 @@ def _check_usable(header: Header, *, write: bool, recover: bool, name: str) -> N
     check_usable(header, write=write, name=name)
 
 
-def _overlay(data: bytearray, offset: int, sectors: dict[int, tuple[bytes, int]]) -> bytearray:
-    """Lay what is not home yet over what was read at `offset`."""
-    for at in range(0, len(data), SECTOR) if sectors else ():
-        if (entry := sectors.get(offset + at)) is not None:
-            data[at : at + SECTOR] = entry[0]
-    return data
-
-
 @dataclass(frozen=True, slots=True)
 class _Tables:
     """What everything hangs on, with the journal's sectors laid over it."""
@@ -221,8 +205,8 @@ def _read_tables(
             "refcount table too large", where=name, expected=f"at most {MAX_REFTABLE_BYTES}", found=table_bytes
         )
     sectors = plan.sectors if plan is not None else {}
-    l1_data = _overlay((yield Read(file, header.l1_offset, l1_bytes)), header.l1_offset, sectors)
-    ref_data = _overlay(
+    l1_data = overlay((yield Read(file, header.l1_offset, l1_bytes)), header.l1_offset, sectors)
+    ref_data = overlay(
         (yield Read(file, header.refcount_table_offset, table_bytes)), header.refcount_table_offset, sectors
     )
     reftable = Table(header.refcount_table_offset, table_from_bytes(ref_data))
@@ -230,7 +214,7 @@ def _read_tables(
     # Reading needs no refcounts, and none of what may be wrong with them is in its way.
     last = 1
     if not read_only:
-        last = yield from _last_used(file, geometry, reftable, sectors, file_size=file_size, name=name)
+        last = yield from last_used(file, geometry, reftable, sectors, file_size=file_size, name=name)
     return _Tables(Table(header.l1_offset, table_from_bytes(l1_data)), reftable, last, file_size)
 
 
@@ -351,165 +335,3 @@ def _adopt(disk: Disk, plan: ReplayPlan) -> None:
         disk.pending.put(index, page)
         log.set_record(index, page, entries[sequence])
     disk.replayed_transactions = len(plan.transactions)
-
-
-def _last_used(
-    file: Storage, geometry: Geometry, reftable: Table, sectors: dict[int, tuple[bytes, int]], *, file_size: int,
-    name: str,
-) -> Operation[int]:  # fmt: skip
-    """One past the last host cluster with a refcount; `sectors` is what is not home yet."""
-    size = geometry.cluster_size
-    entries = reftable.entries
-    empty: set[int] = set()
-    for index in range(len(entries) - 1, -1, -1):
-        offset = entries[index] & REFTABLE_OFFSET_MASK
-        # One behind the end of the file is taken as not there (overlap.py).
-        if not offset or offset in empty or offset >= file_size:
-            continue
-        if offset % size:
-            raise ImageError("refcount block is not aligned", where=f"{name}, entry {index}", found=offset)
-        if not sectors or not any(at in sectors for at in range(offset, offset + size, SECTOR)):
-            # A table of blocks in a hole, each of them megabytes of nothing, would take for ever to read.
-            runs = yield DataRuns(file, offset, size)
-            if not any(data for _, data in runs):
-                empty.add(offset)
-                continue
-        data = _overlay((yield Read(file, offset, size)), offset, sectors)
-        stripped = len(data.rstrip(b"\0"))
-        if stripped:
-            block = RefcountBlock(offset, data, geometry.refcount_order)
-            high = min(geometry.refcount_block_entries, -(-stripped * 8 // geometry.refcount_bits))
-            while high and not block.get(high - 1):
-                high -= 1
-            return index * geometry.refcount_block_entries + high
-        empty.add(offset)
-    return 1
-
-
-# ---- attach and detach
-
-
-def _stages(file: Storage, plan: HeaderPlan) -> Operation[None]:
-    """Raises OSError; RequestError (ENOSPC) where the header lies in a hole of the host file: nothing is lost."""
-    for stage in plan.stages:
-        for offset, content in stage:
-            try:
-                yield Write(file, offset, [content])
-            except OSError as error:
-                if error.errno in NO_ROOM:
-                    raise RequestError(
-                        errno.ENOSPC,
-                        "no room in the host file system for the image's header: it says what it said, and nothing is "
-                        "lost; make room, then serve the image again or run nbd-qcow2j recover",
-                    ) from error
-                raise
-        yield Sync(file)
-
-
-def _place_journal(header: Header, tables: _Tables, settings: Settings, *, name: str) -> Location:
-    """Behind everything that is used, and behind the file. Raises ImageError."""
-    geometry, size = header.geometry, tables.file_size
-    used = tables.last * geometry.cluster_size
-    if used > 2 * size + FAR_BEHIND:
-        raise ImageError(
-            "refcounts say that clusters far behind the end of the file are in use; qemu-img check -r all mends them",
-            where=name, expected=f"at most about {size} bytes", found=used,
-        )  # fmt: skip
-    # A table may end behind the end of the file, where it reads as zeros.
-    end = max(
-        used, size, header.l1_offset + header.l1_entries * 8, tables.reftable.host_offset + tables.reftable.length
-    )
-    unit = max(geometry.cluster_size, ALIGNMENT)
-    length = -(-settings.journal_size // ALIGNMENT) * ALIGNMENT
-    return Location(-(-end // unit) * unit, SLOTS_LENGTH + max(length, MIN_RING))
-
-
-def _attach(
-    file: Storage, header: Header, data: bytes, location: Location, *, size: int, uuid: bytes, name: str
-) -> Operation[None]:
-    """Put an empty journal behind a file of `size` bytes, then say so in the header."""
-    geometry = header.geometry
-    header_plan = plan_attach(data[: max(geometry.cluster_size, SECTOR)], location.to_bytes())
-    # The ring is written with real zeros: a synchronous write into blocks that the host file system must first
-    # allocate or convert would cost a commit of the file system as well.
-    zeros = bytes(1 << 20)
-    try:
-        for at in range(location.ring_offset, location.offset + location.length, len(zeros)):
-            yield Write(file, at, [zeros[: location.offset + location.length - at]])
-        for generation in (0, 1):
-            slot = Slot(
-                uuid=uuid, page_size=geometry.page_size, generation=generation, ring_length=location.ring_length,
-                tail_position=0, tail_sequence=1, previous_crc=0, last_committed=0,
-            )  # fmt: skip
-            yield Write(file, location.offset + generation % 2 * ALIGNMENT, [slot.to_block()])
-        yield Sync(file)
-    except OSError as error:
-        # The image is the plain one that it was; what was begun behind it must not keep the disk full.
-        yield Truncate(file, size)
-        if error.errno in NO_ROOM:
-            raise ImageError(
-                f"{name}: no room in the host file system for the journal of {location.length} bytes that serving for "
-                f"writing needs: make room, choose a smaller journal-size, or serve it with read-only=true"
-            ) from error
-        raise
-    yield from _stages(file, header_plan)
-
-
-def detach(disk: Disk) -> Operation[None]:
-    """Send everything home and leave a plain qcow2 file.
-
-    Raises DeviceFailed when the device is latched, RequestError (ENOSPC) when the host file system has no room
-    for what must go home: the image stays attached, and nothing is lost.
-    """
-    log = disk.log
-    log.check()
-    if disk.allocator.counted is not None:
-        # Order: before the drain, which makes durable what this may find.
-        yield from disk.allocator.counted.go_on(COUNTED_AT_CLOSE)
-    yield from drain(disk)
-    geometry, file = disk.geometry, disk.file
-    location = log.ring.location
-    try:
-        data = bytes((yield Read(file, 0, max(geometry.cluster_size, SECTOR))))
-        yield from _stages(file, plan_detach(data))
-        yield from _tidy(disk, location)
-        yield Sync(file)
-    except OSError as error:
-        raise log.latch(
-            error, "detach (everything is home; serve the image again or run nbd-qcow2j recover)"
-        ) from error
-
-
-def _tidy(disk: Disk, location: Location) -> Operation[None]:
-    """Give back the ring, the pool and the free tail of the file; the image is plain already.
-
-    What was there before the journal was attached is cut off only where all that the tables name has a refcount.
-    """
-    geometry, file = disk.geometry, disk.file
-    size = geometry.cluster_size
-    if disk.corrupt:
-        # Refcounts that may be wrong say nothing of what may be cut off.
-        return
-    overlaps, counted = disk.allocator.overlaps, disk.allocator.counted
-    file_size = yield FileSize(file)
-    last = yield from _last_used(
-        file, geometry, disk.allocator.reftable, disk.log.home, file_size=file_size, name=disk.name
-    )
-    last = max(
-        last, overlaps.l1[1], overlaps.reftable[1], max(overlaps.tables, default=0) + 1,
-        max(overlaps.blocks, default=0) + 1,
-    )  # fmt: skip
-    if counted is None or not counted.holds:
-        last = max(last, location.offset // size)
-    if last * size < file_size:
-        yield Truncate(file, last * size)
-    free = sorted(each for each in disk.allocator.pool if each < last)
-    try:
-        if location.offset < last * size:
-            yield Punch(file, location.offset, location.length)
-        for first, count in runs_of(free):
-            yield Punch(file, first * size, count * size)
-    except OSError as error:
-        # A file system may need room to give some back; what stays is free in the image all the same.
-        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS) and error.errno not in NO_ROOM:
-            raise

@@ -25,11 +25,11 @@ from engine import SECTOR, Engine, Oracle, Shape, reference_counts, settle
 from simdisk import SimDisk, SimStorage
 from stepper import Task
 
+from nbd_qcow2j.attaching import detach
 from nbd_qcow2j.disk import Disk
 from nbd_qcow2j.format.header import parse_header
 from nbd_qcow2j.format.journal import ALIGNMENT, Slot
 from nbd_qcow2j.image.check import check_image
-from nbd_qcow2j.opening import detach
 from nbd_qcow2j.steps import Punch, Read, ReadInto, Step, Write, ZeroRange
 
 NEVER = 1 << 60

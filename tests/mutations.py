@@ -321,16 +321,16 @@ MUTATIONS = [
     ),
     Mutation(
         "the header's stages are not synced", "each stage of attach and detach is durable before the next",
-        "opening.py",
+        "attaching.py",
         """                raise
         yield Sync(file)
 
 
-def _place_journal(""",
+def last_used(""",
         """                raise
 
 
-def _place_journal(""",
+def last_used(""",
     ),
     Mutation(
         "replay ignores the UUID", "nothing from another history follows", "journal/replay.py",
@@ -386,18 +386,18 @@ def _place_journal(""",
     ),
     Mutation(
         "a file is cut off by its refcounts alone", "what was there before is cut off only where all has a refcount",
-        "opening.py", "    if counted is None or not counted.holds:\n", "    if False:\n", "test_counted.py",
+        "attaching.py", "    if counted is None or not counted.holds:\n", "    if False:\n", "test_counted.py",
     ),
     Mutation(
         "an image is refused after its journal was attached", "an image that is refused is left as it was",
         "opening.py",
         """    overlaps = yield from _find_overlaps(file, header, tables, location, read_only=read_only, name=name)
     if plan is None and location is not None:
-        yield from _attach(file, header, data, location, size=tables.file_size, uuid=uuid, name=name)
+        yield from attach(file, header, data, location, size=tables.file_size, uuid=uuid, name=name)
         data = bytes((yield Read(file, 0, HEADER_READ)))
 """,
         """    if plan is None and location is not None:
-        yield from _attach(file, header, data, location, size=tables.file_size, uuid=uuid, name=name)
+        yield from attach(file, header, data, location, size=tables.file_size, uuid=uuid, name=name)
         data = bytes((yield Read(file, 0, HEADER_READ)))
     overlaps = yield from _find_overlaps(file, header, tables, location, read_only=read_only, name=name)
 """,

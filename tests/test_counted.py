@@ -14,11 +14,11 @@ from simdisk import SimDisk, SimStorage
 from stepper import Stepper
 
 from nbd_qcow2j import changes
+from nbd_qcow2j.attaching import detach
 from nbd_qcow2j.disk import Disk
 from nbd_qcow2j.errors import ImageError, ReadFailed
 from nbd_qcow2j.format.header import parse_header
 from nbd_qcow2j.image import counted
-from nbd_qcow2j.opening import detach
 from nbd_qcow2j.steps import run_simply
 
 CLUSTER = 4096

@@ -30,7 +30,7 @@ from scale import scaled
 from simdisk import SimDisk
 from stepper import Stepper
 
-from nbd_qcow2j.opening import detach
+from nbd_qcow2j.attaching import detach
 
 SHAPES = [
     Shape("cluster_size=512", 32 << 10),

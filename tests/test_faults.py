@@ -38,9 +38,9 @@ from simdisk import SimDisk
 from stepper import Stepper
 
 from nbd_qcow2j import changes, checkpoint
+from nbd_qcow2j.attaching import detach
 from nbd_qcow2j.disk import Disk
 from nbd_qcow2j.errors import DeviceFailed, Error, RequestError
-from nbd_qcow2j.opening import detach
 from nbd_qcow2j.steps import Operation, Wait
 
 

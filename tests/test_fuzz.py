@@ -33,6 +33,7 @@ from scale import scaled
 from simdisk import SimDisk, SimStorage
 
 from nbd_qcow2j import changes, checkpoint
+from nbd_qcow2j.attaching import detach
 from nbd_qcow2j.disk import Disk
 from nbd_qcow2j.errors import Error, ImageError
 from nbd_qcow2j.format.header import EXTENSION_JOURNAL, parse_header
@@ -40,7 +41,7 @@ from nbd_qcow2j.format.journal import ALIGNMENT, SLOTS_LENGTH, decode_head
 from nbd_qcow2j.image.backing import open_backing
 from nbd_qcow2j.image.check import check_image
 from nbd_qcow2j.image.snapshots import read_snapshot_table
-from nbd_qcow2j.opening import detach, read_header, read_journal, replayed_header
+from nbd_qcow2j.opening import read_header, read_journal, replayed_header
 from nbd_qcow2j.steps import Operation, Wait, run_simply
 
 CPU_SECONDS = 2.0

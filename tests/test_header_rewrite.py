@@ -19,6 +19,7 @@ from simcrash import coverage, crash_states
 from simdisk import SimDisk, SimStorage
 
 from nbd_qcow2j import changes
+from nbd_qcow2j.attaching import detach
 from nbd_qcow2j.errors import ImageError
 from nbd_qcow2j.format.create import new_image
 from nbd_qcow2j.format.header import (
@@ -34,7 +35,6 @@ from nbd_qcow2j.format.header import (
 )
 from nbd_qcow2j.format.header_rewrite import Stage, apply_stages, plan_attach, plan_detach
 from nbd_qcow2j.format.journal import Location
-from nbd_qcow2j.opening import detach
 
 JOURNAL = Location(1 << 20, (64 << 10) + 8192).to_bytes()
 AUTOCLEAR = slice(88, 96)

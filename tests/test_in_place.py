@@ -34,10 +34,10 @@ from stage import PAGES, WIDE, Stage, chain, image
 from stepper import Chooser, Stepper, every_order
 
 from nbd_qcow2j import changes, checkpoint
+from nbd_qcow2j.attaching import detach
 from nbd_qcow2j.errors import DeviceFailed, RequestError
 from nbd_qcow2j.format.create import new_image
 from nbd_qcow2j.format.header import parse_header
-from nbd_qcow2j.opening import detach
 from nbd_qcow2j.steps import Operation, Pause, Write, run_simply
 
 SMALL = Shape("cluster_size=512", 64 << 10, journal=1 << 18)

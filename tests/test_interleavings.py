@@ -20,7 +20,7 @@ from scale import scaled
 from stage import BACKED, PAGES, SMALL, WIDE, Stage, chain, drain_pool
 from stepper import Chooser, Stepper, every_order
 
-from nbd_qcow2j.opening import detach
+from nbd_qcow2j.attaching import detach
 from nbd_qcow2j.steps import Operation
 
 LIMIT = 160

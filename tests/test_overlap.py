@@ -19,12 +19,13 @@ from engine import Engine, Shape, settle
 from simdisk import SimDisk, SimStorage
 
 from nbd_qcow2j import changes
+from nbd_qcow2j.attaching import detach
 from nbd_qcow2j.errors import ImageError, RequestError
 from nbd_qcow2j.format.header import INCOMPAT_CORRUPT, INCOMPAT_JOURNAL, parse_header
 from nbd_qcow2j.geometry import Geometry
 from nbd_qcow2j.image.overlap import Overlaps
 from nbd_qcow2j.image.snapshots import read_snapshot_table
-from nbd_qcow2j.opening import detach, open_disk
+from nbd_qcow2j.opening import open_disk
 from nbd_qcow2j.steps import run_simply
 
 CLUSTER = 4096

@@ -18,10 +18,10 @@ from stage import PAGES, WIDE, Stage, drain_pool
 from stepper import Stepper, Task
 
 from nbd_qcow2j import changes, checkpoint
+from nbd_qcow2j.attaching import detach
 from nbd_qcow2j.driver import Device, Runner
 from nbd_qcow2j.errors import DeviceFailed, ImageError, ReadFailed, RequestError
 from nbd_qcow2j.format.tables import OFFSET_MASK
-from nbd_qcow2j.opening import detach
 from nbd_qcow2j.options import Options
 from nbd_qcow2j.steps import Operation, Punch, ReadInto, Step, Wait, WriteSync, ZeroRange, run_simply
 from nbd_qcow2j.writer import Writer

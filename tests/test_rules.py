@@ -19,11 +19,11 @@ from test_stateful import Kind
 from test_stateful import image as fresh
 
 from nbd_qcow2j import changes, checkpoint
+from nbd_qcow2j.attaching import detach
 from nbd_qcow2j.errors import DeviceFailed, ImageError
 from nbd_qcow2j.format.create import new_image
 from nbd_qcow2j.format.header import parse_header
 from nbd_qcow2j.format.journal import encode_transaction
-from nbd_qcow2j.opening import detach
 from nbd_qcow2j.steps import Operation, Pause, Read, ReadInto, Step, Sync, Write, WriteSync, run_simply
 
 ROOMY = Shape(PAGES.options, PAGES.size, journal=1 << 18)

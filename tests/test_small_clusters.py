@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from simdisk import SimDisk
 
 from nbd_qcow2j import changes, checkpoint
+from nbd_qcow2j.attaching import detach
 from nbd_qcow2j.disk import Disk
 from nbd_qcow2j.format.create import new_image
 from nbd_qcow2j.format.journal import (
@@ -25,7 +26,6 @@ from nbd_qcow2j.format.journal import (
 from nbd_qcow2j.geometry import Geometry
 from nbd_qcow2j.journal.ring import HOME_SECTORS, Ring
 from nbd_qcow2j.journal.transaction import BASE_COST, SECTOR_COST
-from nbd_qcow2j.opening import detach
 from nbd_qcow2j.steps import run_simply
 
 PIECES = 400

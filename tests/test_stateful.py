@@ -33,9 +33,9 @@ from simdisk import SimDisk
 from stepper import Deadlock, Stepper, Task
 
 from nbd_qcow2j import checkpoint
+from nbd_qcow2j.attaching import detach
 from nbd_qcow2j.disk import Disk
 from nbd_qcow2j.errors import DeviceFailed, RequestError
-from nbd_qcow2j.opening import detach
 from nbd_qcow2j.steps import Operation
 
 CONNECTIONS = 4

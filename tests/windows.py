@@ -30,9 +30,10 @@ from scale import scaled
 from simdisk import SimDisk, SimStorage
 
 from nbd_qcow2j import changes, checkpoint
+from nbd_qcow2j.attaching import detach
 from nbd_qcow2j.disk import Disk, Settings
 from nbd_qcow2j.image.backing import Layer
-from nbd_qcow2j.opening import detach, open_disk
+from nbd_qcow2j.opening import open_disk
 from nbd_qcow2j.steps import Operation, Wait
 
 UUID = b"uuid of a window"
