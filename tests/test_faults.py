@@ -491,12 +491,12 @@ def test_calls_fail_at_random_under_several_clients(shape: Shape, tmp_path: Path
 @pytest.mark.sweep
 @pytest.mark.parametrize("shape", RANDOM_SHAPES, ids=lambda shape: f"{shape.options},{shape.size >> 10}K")
 def test_calls_fail_at_random_under_several_clients_with_many_seeds(shape: Shape, tmp_path: Path) -> None:
-    print(f"random faults, {shape.options}: {report(random_faults(shape, tmp_path, range(1000, 1000 + scaled(150))))}")
+    print(f"random faults, {shape.options}: {report(random_faults(shape, tmp_path, range(1000, 1000 + scaled(80))))}")
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("shape", [*SHAPES, Shape("cluster_size=65536", 256 << 10)], ids=lambda shape: shape.options)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_any_call_may_fail_once_with_many_cuts(scenario: Scenario, shape: Shape, tmp_path: Path) -> None:
-    total = every_fault(shape.make(tmp_path), shape, scenario, states=8)
+    total = every_fault(shape.make(tmp_path), shape, scenario, states=4)
     print(f"{scenario.name}: {report(total)}")

@@ -241,7 +241,7 @@ def test_every_order_with_small_writes_in_place_gives_what_is_allowed(shape: Sha
 @pytest.mark.sweep
 @pytest.mark.parametrize(("shape", "scene"), SCENES)
 def test_many_orders_with_small_writes_in_place(shape: Shape, scene: Scene) -> None:
-    run_scene(shape, scene, scaled(500))
+    run_scene(shape, scene, scaled(250))
 
 
 # ---- at random
@@ -368,7 +368,7 @@ def test_small_writes_in_place_lose_nothing(shape: Shape, faults: str) -> None:
 @pytest.mark.parametrize("faults", FAULTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.options)
 def test_small_writes_in_place_lose_nothing_with_many_seeds(shape: Shape, faults: str) -> None:
-    run_random(shape, faults, range(1000, 1000 + scaled(40)))
+    run_random(shape, faults, range(1000, 1000 + scaled(20)))
 
 
 def test_a_small_write_below_a_table_that_two_entries_name_is_refused() -> None:

@@ -264,7 +264,7 @@ def test_every_order_of_callers_gives_what_is_allowed_and_ends(name: str) -> Non
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", SCENES)
 def test_every_order_of_callers_to_a_higher_limit(name: str) -> None:
-    run_scene(name, scaled(600))
+    run_scene(name, scaled(300))
 
 
 def run_scene(name: str, limit: int) -> None:
