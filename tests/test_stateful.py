@@ -485,9 +485,9 @@ def drive(examples: int, steps: int, *, derandomize: bool) -> None:
 
 
 def test_whatever_happens_in_whatever_order_nothing_flushed_is_lost_and_nothing_leaks() -> None:
-    drive(400, 50, derandomize=True)
+    drive(250, 50, derandomize=True)
 
 
 @pytest.mark.sweep
 def test_whatever_happens_for_a_long_time() -> None:
-    drive(scaled(150), 100, derandomize=False)
+    drive(scaled(100), 100, derandomize=False)
