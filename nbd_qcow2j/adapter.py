@@ -21,7 +21,7 @@ import time
 import traceback
 from _thread import get_ident, get_native_id
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import nbdkit
 
@@ -30,11 +30,9 @@ from .cpus import Cpus
 from .driver import Device, open_device
 from .errors import Error
 from .lifecycle import SocketFile, StartGuard, Stopper
+from .metrics import MetricsServer, start_metrics
 from .options import UNITS, Options, describe_options, parse_options
 from .thread_state import connection_closes, connection_opens, keep, kept
-
-if TYPE_CHECKING:
-    from .metrics import MetricsServer
 
 # The errnos that NBD can tell a client apart; anything else is EIO.
 _TOLD = frozenset(
@@ -154,9 +152,6 @@ def get_ready() -> None:
     global _device, _metrics
     try:
         if _options.metrics is not None:
-            # Here: who asks for no metrics need not wait for prometheus_client, a tenth of a start.
-            from .metrics import start_metrics  # noqa: PLC0415
-
             with _stopper.own_listeners():
                 _metrics = start_metrics(_options.metrics)
         _device = open_device(_options)
