@@ -47,10 +47,11 @@ with a flush each: 99th percentile 1.0 ms with 64, 0.7 with 256."""
 HOLD_CLUSTERS = 16
 """Clusters that are prepared, or linked, in one hold of the lock at most: some 100 us, for which a flush may have to
 wait. As many as a commit brought: where each has its own, one. Who pauses gives the interpreter lock away as well, and
-what a flush waits for at worst is that. With a flush each on slow cores: 99th percentile 2.3 ms with 16, 1.3 with 1,
-and as many writes; depth 16, flush every 32: 4,400 writes a second with 16, 3,430 with 1."""
+what a flush waits for at worst is that. With a flush each on slow cores: 99th percentile 2.3 ms with 16, 1.1 to 1.5
+with 1, and about as many writes; depth 16, flush every 32: 4,400 writes a second with 16, 3,430 with 1."""
 HURRY_FROM = 0.65
-"""Fill from which as many as may be: pauses must not be why the ring fills up."""
+"""Fill from which as many as may be: pauses must not be why the ring fills up. Between `checkpoint-start` and the fill
+at which writers are slowed down; chosen, not measured."""
 GAP_BYTES = 16 << 10
 """Clean sectors between two that go home which are written with them. 4 KiB random writes over 16 GiB, a flush each:
 nine in ten sectors went home by a call of their own, one in thirty does so, and what the disk gets is contiguous."""

@@ -436,7 +436,7 @@ def test_hostile_journals_are_replayed_or_refused() -> None:
 
 @pytest.mark.sweep
 def test_many_hostile_images() -> None:
-    fuzz(changed_images(), scaled(1000), derandomize=False)
+    fuzz(changed_images(), scaled(1500), derandomize=False)
 
 
 @pytest.mark.sweep

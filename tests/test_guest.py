@@ -207,7 +207,7 @@ GEOMETRIES: list[dict[str, str]] = [{}, {"cluster_size": "4k"}, {"extended_l2": 
 def test_more_kills_on_four_geometries(
     options: dict[str, str], make_image: Callable[..., Path], serve: Callable[..., Server], guests: Guests, guest: Guest
 ) -> None:
-    kill_rounds(make_image("192M", **options), serve, guests, rounds=scaled(3), seed=2)
+    kill_rounds(make_image("192M", **options), serve, guests, rounds=scaled(4), seed=2)
 
 
 # ---- What nbd-client makes of a server that dies ----------------------------------------------------

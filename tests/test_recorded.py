@@ -264,7 +264,7 @@ def test_what_real_threads_did_can_be_cut_anywhere(shape: Shape, tmp_path: Path)
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("seed", range(2, 2 + scaled(2)))
+@pytest.mark.parametrize("seed", range(2, 2 + scaled(3)))
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.options)
 def test_what_real_threads_did_can_be_cut_anywhere_long(shape: Shape, seed: int, tmp_path: Path) -> None:
     print(cut_and_recover(tmp_path, shape, seed=seed, requests=400, moments=150, states=4))

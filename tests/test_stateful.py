@@ -490,4 +490,4 @@ def test_whatever_happens_in_whatever_order_nothing_flushed_is_lost_and_nothing_
 
 @pytest.mark.sweep
 def test_whatever_happens_for_a_long_time() -> None:
-    drive(scaled(100), 100, derandomize=False)
+    drive(scaled(150), 100, derandomize=False)

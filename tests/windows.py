@@ -206,7 +206,7 @@ class Effort:
 
 QUICK = Effort(subsets=24, restart=8, deeper=4, second=100, third=30, sampled=10, judged=2)
 THOROUGH = Effort(
-    subsets=320, restart=16, deeper=4, second=scaled(60), third=scaled(25), sampled=scaled(20), judged=10
+    subsets=320, restart=16, deeper=4, second=scaled(100), third=scaled(40), sampled=scaled(20), judged=10
 )  # fmt: skip
 
 
