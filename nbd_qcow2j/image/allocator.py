@@ -253,10 +253,14 @@ class Allocator:
                 else:
                     break
             yield from self._make_zero(chosen)
-        except BaseException:
+        except BaseException as error:
             for cluster in chosen:
                 self.give_back(cluster)
-            raise
+            if not isinstance(error, OSError) or error.errno not in NO_ROOM:
+                raise
+            # No room where they lie. An fallocate at the end of the file that failed half-way may have it: ext4
+            # leaves it what it got by then, and only a growth at the end comes by that again.
+            chosen.clear()
         self.pool.extend(chosen)
         if len(chosen) < count:
             yield from self._extend(count - len(chosen))
