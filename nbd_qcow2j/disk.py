@@ -1,4 +1,4 @@
-"""The block device: its state, reading, exclusion, flush, extents. Changing it is in `changes.py`.
+"""The block device: its state, exclusion, what is pending, flush. Reading is in `reading.py`, changing in `changes.py`.
 
 Everything here runs in one hold of the state lock between two yields (steps.py). Reads and pending writes
 never wait for the exclusion of a cluster; whoever changes where a cluster lives, or writes its home, does.
@@ -12,6 +12,7 @@ import errno
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from . import reading
 from .errors import RequestError
 from .format.header_rewrite import set_corrupt
 from .format.tables import (
@@ -23,15 +24,13 @@ from .format.tables import (
     UNALLOCATED,
     ZERO_ALLOC,
     ZERO_PLAIN,
-    compressed_extent,
 )
 from .geometry import Geometry
 from .image.backing import Extent, Layer
-from .image.compressed import inflate
 from .in_place import InPlace
 from .journal.ring import PAGES_AT_ONCE
 from .pending import Page, PendingPages
-from .steps import Buffer, Compute, Gate, Operation, Read, ReadInto, Wait
+from .steps import Buffer, Gate, Operation, Wait
 
 if TYPE_CHECKING:
     from .image.allocator import Allocator
@@ -203,93 +202,11 @@ class Disk:
 
     def read_into(self, view: memoryview, offset: int) -> Operation[None]:
         """Fill `view` from guest offset `offset`. Raises ImageError, ReadFailed."""
-        epoch = self.epochs.enter()
-        try:
-            size = self.geometry.cluster_size
-            done, total = 0, len(view)
-            waiting: list[tuple[int, int, int]] = []
-            while done < total:
-                cluster, start = divmod(offset + done, size)
-                length = min(size - start, total - done)
-                while not self.mapping.in_memory(cluster):
-                    yield from self.mapping.load_l2(cluster)
-                entry, bitmap = self.mapping.find(cluster)
-                part = view[done : done + length]
-                for low, high in self._not_pending(part, cluster, start):
-                    if self.mapping.is_compressed(entry):
-                        yield from self._read_compressed(part[low:high], entry, start + low)
-                        continue
-                    for kind, at, piece in self.mapping.pieces(entry, bitmap, start + low, high - low):
-                        to = done + at - start
-                        if kind == NORMAL:
-                            self._add(waiting, (entry & OFFSET_MASK) + at, to, piece)
-                        elif kind == UNALLOCATED and self.has_backing(cluster):
-                            assert self.backing is not None
-                            yield from self.backing.read_into(view[to : to + piece], cluster * size + at)
-                        else:
-                            view[to : to + piece] = bytes(piece)
-                done += length
-            for host, to, piece in waiting:
-                yield ReadInto(self.file, host, view[to : to + piece])
-        finally:
-            self.epochs.leave(epoch)
+        return reading.read_into(self, view, offset)
 
-    @staticmethod
-    def _add(waiting: list[tuple[int, int, int]], host: int, to: int, length: int) -> None:
-        if waiting:
-            last_host, last_to, last = waiting[-1]
-            if last_host + last == host and last_to + last == to:
-                waiting[-1] = (last_host, last_to, last + length)
-                return
-        waiting.append((host, to, length))
-
-    def _not_pending(self, part: memoryview, cluster: int, start: int) -> list[tuple[int, int]]:
-        """Copy what is pending into `part`, in this hold; the (low, high) ranges of it that are left."""
-        pages = self.pending.clusters.get(cluster)
-        if not pages:
-            return [(0, len(part))]
-        size = self.page_size
-        left: list[tuple[int, int]] = []
-        base = cluster * self.geometry.pages_per_cluster
-        at = 0
-        while at < len(part):
-            number, inside = divmod(start + at, size)
-            length = min(size - inside, len(part) - at)
-            page = pages.get(base + number)
-            if page is not None:
-                part[at : at + length] = page.data[inside : inside + length]
-            elif left and left[-1][1] == at:
-                left[-1] = (left[-1][0], at + length)
-            else:
-                left.append((at, at + length))
-            at += length
-        return left
-
-    def _read_compressed(self, view: memoryview, entry: int, start: int) -> Operation[None]:
-        size = self.geometry.cluster_size
-        host, length = compressed_extent(entry, self.geometry.cluster_bits)
-        data = yield Read(self.file, host, length)
-        where = f"compressed cluster at {host} of {self.name}"
-        content = yield Compute(lambda: inflate(bytes(data), self.compression_type, size, where=where))
-        view[:] = content[start : start + len(view)]
-
-    def read_beneath(self, cluster: int) -> Operation[bytearray]:
-        """What a guest cluster holds without its pending pages. The caller has excluded it."""
-        content = bytearray(self.geometry.cluster_size)
-        view = memoryview(content)
-        table = yield from self.mapping.load_l2(cluster)
-        entry, bitmap = self.mapping.find(cluster) if table is not None else (0, 0)
-        if self.mapping.is_compressed(entry):
-            yield from self._read_compressed(view, entry, 0)
-        else:
-            for kind, at, length in self.mapping.pieces(entry, bitmap, 0, len(content)):
-                if kind == NORMAL:
-                    yield ReadInto(self.file, (entry & OFFSET_MASK) + at, view[at : at + length])
-                elif kind == UNALLOCATED and self.has_backing(cluster):
-                    assert self.backing is not None
-                    yield from self.backing.read_into(view[at : at + length], cluster * len(content) + at)
-        self.cow_read_bytes += len(content)
-        return content
+    def extents(self, offset: int, length: int) -> Operation[list[Extent]]:
+        """What a range holds: data, allocated or not; zeros. Raises ImageError, ReadFailed."""
+        return reading.extents(self, offset, length)
 
     # ---- pending pages
 
@@ -418,54 +335,9 @@ class Disk:
         for flag in self.merging.get(cluster, ()):
             flag[0] = True
 
-    # ---- flush, extents
+    # ---- flush
 
     def flush(self) -> Operation[None]:
         """Return when everything that completed before is durable. Raises DeviceFailed."""
         self.log.check()
         yield from self.log.commit_upto(self.log.last_number())
-
-    def extents(self, offset: int, length: int) -> Operation[list[Extent]]:
-        """What a range holds: data, allocated or not; zeros. Raises ImageError, ReadFailed."""
-        found: list[Extent] = []
-        size = self.geometry.cluster_size
-        end = offset + length
-        while offset < end:
-            cluster, start = divmod(offset, size)
-            span = min(size - start, end - offset)
-            if cluster in self.pending.clusters:
-                _extend(found, span, zero=False, allocated=True)
-            elif not self.mapping.l2_offset(cluster) and not self.pending.clusters:
-                per_table = self.geometry.l2_entries * size
-                span = min(end - offset, per_table - offset % per_table)
-                if self.backing is not None:
-                    for extent in (yield from self.backing.extents(offset, span)):
-                        _extend(found, extent.length, zero=extent.zero, allocated=False)
-                else:
-                    _extend(found, span, zero=True, allocated=False)
-            else:
-                while not self.mapping.in_memory(cluster):
-                    yield from self.mapping.load_l2(cluster)
-                entry, bitmap = self.mapping.find(cluster)
-                if self.mapping.is_compressed(entry):
-                    _extend(found, span, zero=False, allocated=True)
-                    offset += span
-                    continue
-                for kind, at, piece in self.mapping.pieces(entry, bitmap, start, span):
-                    if kind == NORMAL:
-                        _extend(found, piece, zero=False, allocated=True)
-                    elif kind == UNALLOCATED and self.has_backing(cluster):
-                        assert self.backing is not None
-                        for extent in (yield from self.backing.extents(cluster * size + at, piece)):
-                            _extend(found, extent.length, zero=extent.zero, allocated=False)
-                    else:
-                        _extend(found, piece, zero=True, allocated=kind in (ZERO_ALLOC,))
-            offset += span
-        return found
-
-
-def _extend(found: list[Extent], length: int, *, zero: bool, allocated: bool) -> None:
-    if found and (found[-1].zero, found[-1].allocated) == (zero, allocated):
-        found[-1] = Extent(found[-1].length + length, zero, allocated)
-    else:
-        found.append(Extent(length, zero, allocated))

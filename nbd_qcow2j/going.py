@@ -16,6 +16,7 @@ from .errors import ImageError
 from .format.tables import OFFSET_MASK
 from .pending import Page
 from .prepared import Prepared
+from .reading import read_beneath
 from .steps import Operation
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def prepare(disk: Disk, held: Prepared, cluster: int) -> Operation[Going]:
     ours = going.drop and disk.is_ours(entry, bitmap) and disk.allocator.refcount(old) == 1
     content: bytearray | None = None
     if not whole and (any(zeros) if ours else not disk.reads_zero(cluster, entry, bitmap)):
-        content = yield from disk.read_beneath(cluster)
+        content = yield from read_beneath(disk, cluster)
         base = cluster * geometry.pages_per_cluster
         for index, page in pages.items():
             at = (index - base) * geometry.page_size

@@ -89,9 +89,8 @@ def _values(data: bytes, order: int) -> list[tuple[int, int]]:
     if not any(data):
         return []
     if order >= 3:
-        width = 1 << order >> 3
-        found = ((at // width, int.from_bytes(data[at : at + width], "big")) for at in range(0, len(data), width))
-        return [pair for pair in found if pair[1]]
+        count = len(data) << 3 >> order
+        return [pair for pair in enumerate(struct.unpack(f">{count}{'BHIQ'[order - 3]}", data)) if pair[1]]
     mask, per_byte = (1 << (1 << order)) - 1, 8 >> order
     return [
         (at * per_byte + part, byte >> (part << order) & mask)

@@ -63,7 +63,9 @@ class CachedFile:
     def peek(self, offset: int, length: int) -> bytes:
         """What a reader sees now."""
         first, last = offset // SECTOR, -(-(offset + length) // SECTOR)
-        data = b"".join([self._see(sector) for sector in range(first, last)])
+        cached, durable = self._cache.get, self.durable.get
+        # As _see, without a call for each: a twelfth of the time of some sweeps was spent in these.
+        data = b"".join([durable(at, ZERO) if (seen := cached(at)) is None else seen for at in range(first, last)])
         start = offset - first * SECTOR
         return data[start : start + length]
 

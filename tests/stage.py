@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -100,6 +101,13 @@ def chain(*operations: Operation[Any]) -> Operation[None]:
     """One caller's requests, one after the other."""
     for each in operations:
         yield from each
+
+
+def pending(stage: Stage, first: int, length: int) -> Operation[None]:
+    """A write of which every page becomes pending, as the driver makes it where it can."""
+    disk = stage.disk
+    disk.settings = replace(disk.settings, direct_write=1 << 20)
+    return stage.write(first, length, fast=True)
 
 
 def drain_pool(stage: Stage) -> None:

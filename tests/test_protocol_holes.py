@@ -14,7 +14,7 @@ import pytest
 from engine import Shape, fill, settle
 from invariants import recover
 from simdisk import SimDisk
-from stage import PAGES, WIDE, Stage, chain, drain_pool
+from stage import PAGES, WIDE, Stage, chain, drain_pool, pending
 from stepper import Stepper, Task
 
 from nbd_qcow2j import changes, checkpoint
@@ -38,13 +38,6 @@ def until(stepper: Stepper, task: Task, kind: type[Step]) -> None:
     """Move the task until it is about to do a step of this kind."""
     while not isinstance(task.step, kind) or isinstance(task.step, Wait):
         stepper.move(task)
-
-
-def pending(stage: Stage, first: int, length: int) -> Operation[None]:
-    """A write of which every page becomes pending, as the driver makes it where it can."""
-    disk = stage.disk
-    disk.settings = replace(disk.settings, direct_write=1 << 20)
-    return stage.write(first, length, fast=True)
 
 
 def host_of(stage: Stage, cluster: int) -> int:

@@ -341,11 +341,12 @@ def test_a_journal_that_the_file_does_not_hold_is_refused() -> None:
         plan(content, file_size=LOCATION.offset + LOCATION.length - 1)
 
 
-def test_a_location_of_a_newer_format_is_refused() -> None:
-    body = LOCATION.to_bytes()[:-4]
-    body = (2).to_bytes(4, "big") + body[4:]
+@pytest.mark.parametrize("at", [0, 4], ids=["version", "flags"])
+def test_a_location_of_a_newer_format_is_refused(at: int) -> None:
+    body = bytearray(LOCATION.to_bytes()[:-4])
+    body[at : at + 4] = (2).to_bytes(4, "big")
     with pytest.raises(ImageError, match="not known to this version"):
-        Location.from_bytes(body + crc32c(body).to_bytes(4, "big"), cluster_size=4096, name="image")
+        Location.from_bytes(body + crc32c(bytes(body)).to_bytes(4, "big"), cluster_size=4096, name="image")
 
 
 # ---- revokes

@@ -59,7 +59,7 @@ SAVED: Final = c.Struct(
     "header_length" / c.Int32ub,
     "backing_offset" / c.Int64ub,
     "at_104" / c.Bytes(8),
-)
+).compile()
 """What `header_rewrite.py` keeps of the ordinary header, in front of the journal's data in our extension.
 
 `length` counts all of it, with the feature name table that may follow (deflated). `names_at` says which of the
@@ -81,14 +81,16 @@ FIXED: Final = c.Struct(
     "refcount_table_clusters" / c.Int32ub,
     "snapshot_count" / c.Int32ub,
     "snapshots_offset" / c.Int64ub,
-)
+).compile()
 _V3: Final = c.Struct(
     "incompatible" / c.Int64ub,
     "compatible" / c.Int64ub,
     "autoclear" / c.Int64ub,
     "refcount_order" / c.Int32ub,
     "header_length" / c.Int32ub,
-)
+).compile()
+FIXED_LENGTH: Final = FIXED.sizeof()
+SAVED_LENGTH: Final = SAVED.sizeof()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,23 +140,23 @@ def parse_header(data: bytes, *, file_size: int, name: str) -> Header:
     Limit: extensions and backing name are looked for in the first 64 KiB of larger clusters.
     """
     where = f"header of {name}"
-    if file_size < FIXED.sizeof() or len(data) < FIXED.sizeof():
+    if file_size < FIXED_LENGTH or len(data) < FIXED_LENGTH:
         raise ImageError(
-            f"{name} is shorter than a qcow2 header", expected=f"at least {FIXED.sizeof()} bytes",
+            f"{name} is shorter than a qcow2 header", expected=f"at least {FIXED_LENGTH} bytes",
             found=min(file_size, len(data)),
         )  # fmt: skip
     if data[:4] != MAGIC:
         raise ImageError(f"{name} is not a qcow2 image", expected=MAGIC.hex(), found=bytes(data[:4]).hex())
-    fixed = FIXED.parse(bytes(data[: FIXED.sizeof()]))
+    fixed = FIXED.parse(bytes(data[: FIXED_LENGTH]))
     if fixed.version not in (2, 3):
         raise ImageError("qcow2 version is not supported", where=where, expected="2 or 3", found=fixed.version)
     if not 9 <= fixed.cluster_bits <= 21:
         raise ImageError("cluster size is impossible", where=where, expected="9 to 21 bits", found=fixed.cluster_bits)
     cluster_size = 1 << fixed.cluster_bits
     incompatible = compatible = autoclear = 0
-    order, length, compression = 4, FIXED.sizeof(), 0
+    order, length, compression = 4, FIXED_LENGTH, 0
     if fixed.version == 3:
-        more = _V3.parse(bytes(data[FIXED.sizeof() : V3_LENGTH]).ljust(_V3.sizeof(), b"\0"))
+        more = _V3.parse(bytes(data[FIXED_LENGTH : V3_LENGTH]).ljust(V3_LENGTH - FIXED_LENGTH, b"\0"))
         incompatible, compatible, autoclear = more.incompatible, more.compatible, more.autoclear
         order, length = more.refcount_order, more.header_length
         if not V3_LENGTH <= length <= min(cluster_size, len(data)) or length % 8:
@@ -274,7 +276,7 @@ def journal_extension_of(header: Header) -> bytes | None:
     """The journal's own data in our extension; None without it, or without bit 62: it means nothing then."""
     if header.incompatible & INCOMPAT_JOURNAL:
         for extension in header.extensions:
-            if extension.type == EXTENSION_JOURNAL and len(extension.data) >= SAVED.sizeof():
+            if extension.type == EXTENSION_JOURNAL and len(extension.data) >= SAVED_LENGTH:
                 return extension.data[int.from_bytes(extension.data[:2], "big") :]
     return None
 

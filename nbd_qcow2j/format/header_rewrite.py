@@ -43,6 +43,7 @@ from .header import (
     JOURNAL_BIT,
     NO_NAMES,
     SAVED,
+    SAVED_LENGTH,
     V3_LENGTH,
     Extension,
     Header,
@@ -181,7 +182,7 @@ def _ours(header: Header, cluster: bytes, journal: bytes, *, keep: bool) -> Exte
     packed = zlib.compress(names, 9) if keep and names is not None else b""
     fixed = SAVED.build(
         {
-            "length": SAVED.sizeof() + len(packed),
+            "length": SAVED_LENGTH + len(packed),
             "names_at": types.index(EXTENSION_FEATURE_NAMES) if names is not None else NO_NAMES,
             "header_length": header.header_length, "backing_offset": header.backing_offset,
             "at_104": cluster[V3_LENGTH : V3_LENGTH + 8],
@@ -207,9 +208,9 @@ def _with_names(extensions: list[Extension], which: str) -> list[Extension]:
 
 def _point_back(plain: bytes, header: Header, ours: bytes) -> list[Stage]:
     """To an area that still lies where it lay: one write of sector 0. Empty where the area was not behind it."""
-    if len(ours) < SAVED.sizeof():
+    if len(ours) < SAVED_LENGTH:
         return []
-    saved = SAVED.parse(ours[: SAVED.sizeof()])
+    saved = SAVED.parse(ours[: SAVED_LENGTH])
     if not V3_LENGTH <= saved.header_length < header.header_length or header.header_length % SECTOR:
         return []
     sector = _with_number(plain[:SECTOR], _LENGTH_AT, 4, saved.header_length)
@@ -224,12 +225,12 @@ def _point_back(plain: bytes, header: Header, ours: bytes) -> list[Stage]:
 def _build_anew(plain: bytes, header: Header, ours: bytes) -> list[Stage]:
     """The extensions without ours and the name, at the place of the ordinary header. Empty where it has no room."""
     place, extensions = header.header_length, [each for each in header.extensions if each.type != EXTENSION_JOURNAL]
-    if len(ours) >= SAVED.sizeof():
-        saved = SAVED.parse(ours[: SAVED.sizeof()])
+    if len(ours) >= SAVED_LENGTH:
+        saved = SAVED.parse(ours[: SAVED_LENGTH])
         shortest = _SHORTEST_LENGTH_WITH_TYPE if header.compression_type else V3_LENGTH
         if shortest <= saved.header_length < place:
             place = saved.header_length
-        extensions = _restored_names(extensions, saved.names_at, ours[SAVED.sizeof() : saved.length], len(plain))
+        extensions = _restored_names(extensions, saved.names_at, ours[SAVED_LENGTH : saved.length], len(plain))
     area = _area(extensions)
     content = area + (header.backing_name or b"")
     end = place + len(content)

@@ -77,13 +77,15 @@ _SLOT = c.Struct(
     "tail_position" / c.Int64ub,
     "tail_sequence" / c.Int64ub,
     "last_committed" / c.Int64ub,
-)
+).compile()
 _LOCATION = c.Struct(
     "version" / c.Int32ub,
-    "flags" / c.Const(0, c.Int32ub),
+    "flags" / c.Int32ub,
     "offset" / c.Int64ub,
     "length" / c.Int64ub,
-)
+).compile()
+_SLOT_LENGTH: Final = _SLOT.sizeof()
+_LOCATION_LENGTH: Final = _LOCATION.sizeof()
 
 
 def _with_crc(body: bytes) -> bytes:
@@ -106,12 +108,13 @@ class Location:
         return self.length - SLOTS_LENGTH
 
     def to_bytes(self) -> bytes:
-        return _with_crc(_LOCATION.build({"version": VERSION, "offset": self.offset, "length": self.length}))
+        body = _LOCATION.build({"version": VERSION, "flags": 0, "offset": self.offset, "length": self.length})
+        return _with_crc(body)
 
     @staticmethod
     def from_bytes(data: bytes, *, cluster_size: int, name: str) -> Location:
         """Read the extension's content. Raises ImageError."""
-        size = _LOCATION.sizeof()
+        size = _LOCATION_LENGTH
         where = f"header extension 0x716a726e of {name}"
         if len(data) < size + 4:
             raise ImageError("journal extension too short", where=where, expected=size + 4, found=len(data))
@@ -124,6 +127,11 @@ class Location:
                 where=where, expected=VERSION, found=version,
             )  # fmt: skip
         parsed = _LOCATION.parse(data[:size])
+        if parsed.flags:
+            raise ImageError(
+                "journal has a feature that is not known to this version; use the newer nbd-qcow2j that wrote it",
+                where=where, expected="no flags", found=f"flags {parsed.flags:#x}",
+            )  # fmt: skip
         location = Location(parsed.offset, parsed.length)
         ring = location.ring_length
         aligned = not (location.offset % max(cluster_size, ALIGNMENT) or location.length % ALIGNMENT)
@@ -163,7 +171,7 @@ class Slot:
     @staticmethod
     def from_block(data: bytes | bytearray, *, name: str) -> Slot | None:
         """The slot, or None where it is not valid (torn or never written). Raises ImageError for a newer format."""
-        size = _SLOT.sizeof()
+        size = _SLOT_LENGTH
         if data[:8] != HEADER_MAGIC or crc32c(bytes(data[:size])) != int.from_bytes(data[size : size + 4], "big"):
             return None
         parsed = _SLOT.parse(bytes(data[:size]))
