@@ -147,7 +147,7 @@ def extents(disk: Disk, offset: int, length: int) -> Operation[list[Extent]]:
                     for extent in (yield from disk.backing.extents(cluster * size + at, piece)):
                         _extend(found, extent.length, zero=extent.zero, allocated=False)
                 else:
-                    _extend(found, piece, zero=True, allocated=kind in (ZERO_ALLOC,))
+                    _extend(found, piece, zero=True, allocated=kind == ZERO_ALLOC)
         offset += span
     return found
 

@@ -260,6 +260,7 @@ class Allocator:
                 raise
             # No room where they lie. An fallocate at the end of the file that failed half-way may have it: ext4
             # leaves it what it got by then, and only a growth at the end comes by that again.
+            # Crash: the file is longer, and no refcount says so; what was found is free, as it was.
             chosen.clear()
         self.pool.extend(chosen)
         if len(chosen) < count:
