@@ -117,7 +117,7 @@ class Watch:
             blocks = _words(self._committed(reftable, reftable_clusters * size))
         named = {0, *range(l1_offset >> bits, (l1_offset + l1_entries * 8 - 1 >> bits) + 1)}
         named |= set(range(reftable >> bits, (reftable >> bits) + reftable_clusters))
-        named |= {block >> bits for block in blocks if block}
+        named |= {block >> bits for block in filter(None, blocks)}
         for table_entry in l1:
             table = table_entry & OFFSET
             if not table:
@@ -125,8 +125,8 @@ class Watch:
             named.add(table >> bits)
             cached = disk.cache.get(table) if live else None
             entries = cached.entries if cached is not None else _words(self._committed(table, size))
-            for entry in entries[::step]:
-                if entry and not entry & COMPRESSED and entry & OFFSET:
+            for entry in filter(None, entries[::step]):
+                if not entry & COMPRESSED and entry & OFFSET:
                     named.add((entry & OFFSET) >> bits)
                 elif entry & COMPRESSED:
                     named.update(disk.mapping.host_clusters(entry))
@@ -157,8 +157,9 @@ class Watch:
         for cluster in unused:
             assert not allocator.refcount(cluster), f"cluster {cluster} is not in use and has a refcount"
         size = disk.geometry.cluster_size
+        zeros = bytes(size)
         for cluster in pool:
-            assert not any(self.engine.sim.peek(cluster * size, size)), f"pool cluster {cluster} is not zero"
+            assert self.engine.sim.peek(cluster * size, size) == zeros, f"pool cluster {cluster} is not zero"
         for step in steps:
             self._in_flight(step, free=free, pool=pool, live=live)
 
@@ -203,7 +204,7 @@ class Watch:
         found = {0, *range(l1_offset >> bits, (l1_offset + l1_entries * 8 - 1 >> bits) + 1)}
         found |= set(range(reftable >> bits, (reftable >> bits) + clusters))
         del disk
-        return found | {(entry & OFFSET) >> bits for entry in (*_words(l1), *_words(blocks)) if entry}
+        return found | {(entry & OFFSET) >> bits for entry in filter(None, (*_words(l1), *_words(blocks)))}
 
     def _home(self) -> None:
         home = self.disk.log.home

@@ -8,6 +8,7 @@ Bit 63 of an active entry says that the refcount is exactly one.
 from __future__ import annotations
 
 import struct
+from itertools import compress
 
 from simdisk import SimDisk
 
@@ -44,7 +45,9 @@ def reference_counts(disk: SimDisk, *, copied_flags: bool = True) -> dict[int, i
             refer(table)
             if active:
                 copied.append((table >> bits, bool(entry >> 63), f"L1 entry {number}"))
-            for index, mapped in enumerate(struct.unpack(f">{size // 8}Q", read(table, size))[::step]):
+            mapping = struct.unpack(f">{size // 8}Q", read(table, size))[::step]
+            for index in compress(range(len(mapping)), mapping):
+                mapped = mapping[index]
                 if mapped >> 62 & 1:
                     shift = 62 - (bits - 8)
                     start = mapped & (1 << shift) - 1
@@ -90,7 +93,8 @@ def _values(data: bytes, order: int) -> list[tuple[int, int]]:
         return []
     if order >= 3:
         count = len(data) << 3 >> order
-        return [pair for pair in enumerate(struct.unpack(f">{count}{'BHIQ'[order - 3]}", data)) if pair[1]]
+        values = struct.unpack(f">{count}{'BHIQ'[order - 3]}", data)
+        return [(at, values[at]) for at in compress(range(count), values)]
     mask, per_byte = (1 << (1 << order)) - 1, 8 >> order
     return [
         (at * per_byte + part, byte >> (part << order) & mask)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import repeat
 
 SECTOR = 512
 ZERO = bytes(SECTOR)
@@ -63,9 +64,9 @@ class CachedFile:
     def peek(self, offset: int, length: int) -> bytes:
         """What a reader sees now."""
         first, last = offset // SECTOR, -(-(offset + length) // SECTOR)
-        cached, durable = self._cache.get, self.durable.get
-        # As _see, without a call for each: a twelfth of the time of some sweeps was spent in these.
-        data = b"".join([durable(at, ZERO) if (seen := cached(at)) is None else seen for at in range(first, last)])
+        sectors = range(first, last)
+        # As _see, with nothing for each that Python would run: a twelfth of the time of some sweeps was spent here.
+        data = b"".join(map(self._cache.get, sectors, map(self.durable.get, sectors, repeat(ZERO))))
         start = offset - first * SECTOR
         return data[start : start + length]
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import compress
 from operator import sub
 from typing import Final
 
@@ -209,9 +210,8 @@ class References:
                 raise Incomplete("the bitmaps cannot be read") from None
 
     def _refcount_blocks(self) -> None:
-        for index, entry in enumerate(self.reftable):
-            if not entry:
-                continue
+        for index in compress(range(len(self.reftable)), self.reftable):
+            entry = self.reftable[index]
             offset = entry & REFTABLE_OFFSET_MASK
             if entry != offset:
                 self.report.corrupt(f"refcount table entry {index} has reserved bits set: {entry:#x}")

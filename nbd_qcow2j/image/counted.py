@@ -158,7 +158,7 @@ class Counted:
                 if table is None:
                     return
                 # Anew after each wait: what the table names now is what counts.
-                entries = table.entries[first:end:width]
+                entries = [*filter(None, table.entries[first:end:width])]
                 hosts = {(each & OFFSET_MASK) >> bits for each in entries if not each & OFLAG_COMPRESSED}
                 for each in entries:
                     if each & OFLAG_COMPRESSED:

@@ -70,7 +70,7 @@ class Overlaps:
                         f"the {what} lies on the {other}; qemu-img check -r all may mend it, reading may go on with "
                         "--read-only", where=self.name, found=f"host clusters {low} to {high}, {from_} to {to}",
                     )  # fmt: skip
-        named = [entry for entry in blocks if entry]
+        named = [*filter(None, blocks)]
         self.blocks, self.bad_blocks = self._distinct([entry >> self.bits for entry in named], end, "refcount blocks")
         self.bad_blocks |= {
             entry >> self.bits for entry in set(named) if entry & ((1 << self.bits) - 1) or entry >> self.bits >= end
