@@ -4,8 +4,13 @@ nbdkit's callbacks, each bound to the function that answers it: a call in betwee
 """
 
 import os
+import signal
 import site
 import sys
+
+# nbdkit sets up its own handlers later. Until then Ctrl-C ends the process as SIGTERM does, without a traceback.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 _TOP = os.path.dirname(os.path.abspath(__file__))
 # `sys.executable` means nothing inside nbdkit, and only the environment made for the version of Python that

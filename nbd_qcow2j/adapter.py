@@ -20,17 +20,20 @@ import threading
 import time
 import traceback
 from _thread import get_ident, get_native_id
+from dataclasses import replace
 from time import perf_counter_ns
 from typing import Any, NoReturn
 
 import nbdkit
 
+from .announcement import BEFORE_FORK, ONCE_LISTENING, Announcement
 from .counters import OperationCounters
 from .cpus import Cpus
 from .driver import Device, open_device
 from .errors import Error
-from .lifecycle import SocketFile, StartGuard, Stopper
+from .lifecycle import SocketFile, StartGuard, Stopper, uninterrupted
 from .metrics import MetricsServer, start_metrics
+from .nbdkit_words import is_read_only, own_words
 from .options import UNITS, Options, describe_options, parse_options
 from .thread_state import connection_closes, connection_opens, keep, kept
 
@@ -43,6 +46,7 @@ _SAME_AS = {errno.EACCES: errno.EPERM, errno.EROFS: errno.EPERM, errno.EDQUOT: e
 _FUA: int = nbdkit.FLAG_FUA
 _MAY_TRIM: int = nbdkit.FLAG_MAY_TRIM
 _FAST_ZERO: int = nbdkit.FLAG_FAST_ZERO
+_REQ_ONE: int = nbdkit.FLAG_REQ_ONE
 _HOLE: int = nbdkit.EXTENT_HOLE
 _ZERO: int = nbdkit.EXTENT_ZERO
 
@@ -115,6 +119,7 @@ _device: Device | None = None
 _metrics: MetricsServer | None = None
 _socket_file = SocketFile(None)
 _start_guard = StartGuard()
+_announcement = Announcement(ONCE_LISTENING)
 _cpus: Cpus
 _closing = threading.Lock()
 
@@ -137,6 +142,9 @@ def config_complete() -> None:
     global _options
     try:
         _options = parse_options(_pairs)
+        # nbdkit tells its plugins of --readonly with the first connection: the journal would be attached by then.
+        if is_read_only(own_words()):
+            _options = replace(_options, read_only=True)
     except Exception as error:
         raise _refusal(error) from None
 
@@ -151,11 +159,13 @@ def get_ready() -> None:
     """Open, lock, validate, replay, bind: what can fail. No thread is started yet; it would not survive the fork."""
     global _device, _metrics
     try:
-        if _options.metrics is not None:
-            with _stopper.own_listeners():
-                _metrics = start_metrics(_options.metrics)
-        _device = open_device(_options)
+        with uninterrupted(_close):
+            if _options.metrics is not None:
+                with _stopper.own_listeners():
+                    _metrics = start_metrics(_options.metrics)
+            _device = open_device(_options)
         _start_guard.arm(_close)
+        Announcement(BEFORE_FORK).say()
     except Exception as error:
         raise _refusal(error) from None
 
@@ -174,6 +184,7 @@ def after_fork() -> None:
         # Should nbdkit end without `cleanup`, Python's own end is the last chance to detach.
         atexit.register(_close)
         _stopper.watch(_socket_file)
+        _announcement.say()
     except Exception as error:
         raise _refusal(error) from None
 
@@ -418,7 +429,7 @@ def extents(device: Device, count: int, offset: int, flags: int) -> list[tuple[i
     found = []
     position = offset
     try:
-        for extent in device.extents(offset, count):
+        for extent in device.extents(offset, count, one=bool(flags & _REQ_ONE)):
             kind = 0 if not extent.zero else _ZERO if extent.allocated else _HOLE | _ZERO
             found.append((position, extent.length, kind))
             position += extent.length

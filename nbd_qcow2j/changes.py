@@ -17,11 +17,16 @@ from .errors import NO_ROOM, Error, RequestError
 from .format.tables import OFFSET_MASK
 from .journal.transaction import BASE_COST, REVOKE_COST, SECTOR_COST
 from .prepared import Prepared
-from .steps import Buffer, Operation, Write
+from .steps import Buffer, Operation, Pause, Write
 
 if TYPE_CHECKING:
     from .disk import Disk
     from .image.tables import Table
+
+ZERO_CLUSTERS = 64
+ZERO_PAGES = 4096
+"""What a trim or a write of zeroes changes in one hold: a request may be for 4 GiB, and everybody else waits."""
+PAUSE = Pause()
 
 
 def write(disk: Disk, data: Buffer, offset: int) -> Operation[None]:
@@ -251,9 +256,14 @@ def _zero_part(disk: Disk, offset: int, end: int, *, trim: bool) -> Operation[No
 
 
 def _zero_clusters(disk: Disk, first: int, end: int, *, may_trim: bool) -> Operation[None]:
-    per_table = disk.geometry.l2_entries
-    most = max(1, (disk.log.ring.max_transaction - BASE_COST) // 2 // (4 * SECTOR_COST + REVOKE_COST))
+    per_table, per_cluster = disk.geometry.l2_entries, disk.geometry.pages_per_cluster
+    most = (disk.log.ring.max_transaction - BASE_COST) // 2 // (4 * SECTOR_COST + REVOKE_COST)
+    most = max(1, min(most, ZERO_CLUSTERS, ZERO_PAGES // per_cluster))
+    begun = first
     while first < end:
+        if first > begun:
+            # Nothing is held here: all others get their turn.
+            yield PAUSE
         table_end = min(end, (first // per_table + 1) * per_table)
         if not disk.mapping.l1.entries[first // per_table] and not disk.has_backing(first):
             yield from _zero_unmapped(disk, first, table_end)
@@ -268,13 +278,17 @@ def _zero_unmapped(disk: Disk, first: int, end: int) -> Operation[None]:
     """Clusters below an L1 entry that names no table, without a backing file: only pending pages are there."""
     per = disk.geometry.pages_per_cluster
     cost = 64 * REVOKE_COST
-    while True:
+    # What becomes pending from now on is written while this goes on: it may stay.
+    clusters = sorted(each for each in disk.pending.clusters.keys() | disk.excluded if first <= each < end)
+    for number, chosen in enumerate(clusters):
+        if number and not number % ZERO_CLUSTERS:
+            yield PAUSE
         disk.log.check()
-        clusters = [each for each in disk.pending.clusters if first <= each < end]
-        clusters += [each for each in disk.excluded if first <= each < end and each not in disk.pending.clusters]
-        if not clusters:
-            return
-        chosen = min(clusters)
+        # Order: looked at in the hold in which it is seen that nothing is there: what went home has a table.
+        if disk.mapping.l1.entries[chosen // disk.geometry.l2_entries]:
+            break
+        if chosen not in disk.pending.clusters and chosen not in disk.excluded:
+            continue
         yield from disk.log.take_credits(cost)
         held = Prepared(disk, cost)
         try:
@@ -287,6 +301,8 @@ def _zero_unmapped(disk: Disk, first: int, end: int) -> Operation[None]:
         finally:
             held.undo()
         first = chosen + 1
+    else:
+        return
     # The checkpoint has made a table meanwhile: the rest goes the ordinary way.
     yield from _zero_clusters(disk, first, end, may_trim=True)
 

@@ -30,6 +30,7 @@ from .errors import NO_ROOM, Error, ImageError, RequestError
 from .geometry import SECTOR
 from .going import Going, link, prepare, prepare_simply
 from .prepared import Prepared
+from .record_again import record_again
 from .steps import Batch, Operation, Pause, Step, Sync, Wait, Write, WriteSync
 
 if TYPE_CHECKING:
@@ -60,12 +61,13 @@ PAUSE = Pause()
 
 
 def round_(
-    disk: Disk, *, tight: bool = False, clusters: int = MOST_CLUSTERS, least_bytes: int = 0
+    disk: Disk, *, tight: bool = False, clusters: int = MOST_CLUSTERS, least_bytes: int = 0, again: bool = False
 ) -> Operation[bool]:
     """One round; True when it did anything. Raises DeviceFailed.
 
     No room in the host file system, and a read that fails, are no loss: the clusters they meet stay pending. Where
     nothing else can be done: False, and who waits for the tail is told.
+    With `again` pages that keep the tail and cannot be read beneath are recorded once more, that others may go on.
     The tail moves only if that frees `least_bytes` of the ring: a metadata sector that changes often goes home
     once for many changes.
     """
@@ -124,10 +126,13 @@ def round_(
             if cluster in disk.pending.clusters:
                 try:
                     going.append(prepare_simply(disk, held, cluster) or (yield from prepare(disk, held, cluster)))
+                    disk.unreadable.discard(cluster)
                 except (RequestError, ImageError, OSError) as error:
                     # What cannot be read, or finds no room, stays pending, after those that were not tried yet:
                     # nothing is lost, and others may not need what it lacks.
                     left = _no_loss(error)
+                    if left.errno not in NO_ROOM:
+                        disk.unreadable.add(cluster)
                     held.abandon(cluster)
                     disk.pending.postpone(cluster)
         try:
@@ -147,6 +152,12 @@ def round_(
                     disk.pending.postpone(each.cluster)
             yield from _write_home(disk, [], home)
         if left is not None and not going and not passable:
+            if not tight and is_tight(disk):
+                # Whoever began to wait meanwhile is told only when the round for that has failed as well.
+                return True
+            # Not what finds no room: that is no property of these pages, and others would find none either.
+            if tight and again and left.errno not in NO_ROOM and (yield from record_again(disk)):
+                return True
             log.starve(left)
             return False
         if going or home:

@@ -1,7 +1,8 @@
 """`nbd-qcow2j COMMAND …`: the command line. What a command does stands in `commands/COMMAND.py`.
 
 Only the module of the command that is asked for is imported: `serve` is on the way to every start.
-An error that was foreseen is one line and exit code 1; what argparse refuses is 2.
+An error that was foreseen is one line and exit code 1; what argparse refuses is 2, but 1 for `check`, as it is for
+`qemu-img check`: there 2 means that the image is corrupt.
 """
 
 from __future__ import annotations
@@ -50,11 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         # argparse would mix what follows with our own arguments.
         split = words.index("--")
         words, passed_on = words[:split], words[split + 1 :]
-    arguments = _parser([command] if command else names).parse_args(words)
-    arguments.passed_on = passed_on
     try:
+        arguments = _parser([command] if command else names).parse_args(words)
+        arguments.passed_on = passed_on
         code: int = importlib.import_module(f"{commands.__name__}.{arguments.command}").run(arguments)
         sys.stdout.flush()
+    except SystemExit as refused:
+        if command == "check" and refused.code:
+            return 1
+        raise
     except BrokenPipeError:
         # Whoever read our output has enough. Python must not flush into the closed pipe once more.
         sys.stderr.close()

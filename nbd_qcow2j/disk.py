@@ -84,6 +84,8 @@ class Disk:
         self.table_tokens: set[int] = set()
         """L1 indexes that hold one, for an L2 table that pending clusters will need."""
         self.excluded: set[int] = set()
+        self.unreadable: set[int] = set()
+        """Pending clusters that could not go home for what cannot be read; some may have gone since."""
         self.exclusion_gate = Gate("cluster exclusion")
         self.merging: dict[int, list[list[bool]]] = {}
         """Guest cluster -> flags of read-modify-writes in flight; set when what they read may be old."""
@@ -204,9 +206,9 @@ class Disk:
         """Fill `view` from guest offset `offset`. Raises ImageError, ReadFailed."""
         return reading.read_into(self, view, offset)
 
-    def extents(self, offset: int, length: int) -> Operation[list[Extent]]:
-        """What a range holds: data, allocated or not; zeros. Raises ImageError, ReadFailed."""
-        return reading.extents(self, offset, length)
+    def extents(self, offset: int, length: int, *, one: bool = False) -> Operation[list[Extent]]:
+        """What a range, or its beginning, holds: data, allocated or not; zeros. Raises ImageError, ReadFailed."""
+        return reading.extents(self, offset, length, one=one)
 
     # ---- pending pages
 

@@ -245,10 +245,10 @@ class Device:
             self._runner.run(self.disk.read_into(part, offset))
             offset += len(part)
 
-    def extents(self, offset: int, length: int) -> list[Extent]:
-        """What a range holds; the lengths add up to `length`."""
+    def extents(self, offset: int, length: int, *, one: bool = False) -> list[Extent]:
+        """What the beginning of a range holds, with `one` not much more than its first extent."""
         changes.refuse_out_of_range(self.disk, offset, length)
-        return self._runner.run(self.disk.extents(offset, length))
+        return self._runner.run(self.disk.extents(offset, length, one=one))
 
     def block_sizes(self) -> tuple[int, int, int]:
         """(minimum, preferred, maximum) request size in bytes."""

@@ -142,6 +142,24 @@ class StartGuard:
         self._function = None
 
 
+@contextlib.contextmanager
+def uninterrupted(undo: Callable[[], object]) -> Iterator[None]:
+    """A signal that ends the process waits until the block has ended, and then `undo` is called first.
+
+    On the main thread, while nobody handles signals yet and there is no other thread.
+    """
+    # Not those that are ignored (nohup): they would wait as well, and end nothing.
+    ending = {number for number in SIGNALS if signal.getsignal(number) is signal.SIG_DFL}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ending)
+    try:
+        yield
+        if signal.sigpending() & ending:
+            undo()
+    finally:
+        # What waited kills the process here. Not later: the command of nbdkit's --run would inherit the mask.
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class SocketFile:
     """The Unix socket that is to vanish with the server, as long as the file there is still ours."""
 
@@ -152,10 +170,13 @@ class SocketFile:
         self._identity = _identity(path) if path else None
 
     def remove(self) -> None:
-        """Remove it, unless another server has put its own there. May be called twice."""
+        """Remove it, unless another server has put its own there. May be called twice.
+
+        A directory that nobody may write to any more (nbdkit's --user) keeps it: no reason not to close the image.
+        """
         path, self._path = self._path, None
         if path and self._identity and _identity(path) == self._identity:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.unlink(path)
 
 

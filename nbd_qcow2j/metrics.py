@@ -185,3 +185,5 @@ def start_metrics(address: str) -> MetricsServer:
         return MetricsServer(host, port)
     except OSError as error:
         raise OptionError(f"option metrics: cannot listen on {host} port {port}: {error.strerror}") from None
+    except UnicodeError:
+        raise OptionError(f"option metrics: {host} is neither an address nor a host's name") from None

@@ -20,18 +20,20 @@ from .errors import OptionError
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
 _UNITS = {"": 1, "b": 1, "k": KIB, "m": MIB, "g": GIB, "t": TIB}
-_SIZE = re.compile(r"(\d+)\s*([bkmgt]?)(?:i?b)?", re.IGNORECASE | re.ASCII)
+_SIZE = re.compile(r"(\d+)(?:\.(\d+))?\s*([bkmgt]?)(?:i?b)?", re.IGNORECASE | re.ASCII)
 _SECONDS = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(ms|s|)", re.IGNORECASE | re.ASCII)
 _TRUE = frozenset({"true", "yes", "on", "1"})
 _FALSE = frozenset({"false", "no", "off", "0"})
 
 
 def parse_size(text: str) -> int:
-    """The bytes `text` means: a whole number, with or without K, M, G or T. Raises ValueError."""
+    """The bytes `text` means: a number, with or without K, M, G or T; a fraction with one (1.5G). Raises ValueError."""
     match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise ValueError("a size: a whole number of bytes, or one with K, M, G or T")
-    return int(match[1]) * _UNITS[match[2].lower()]
+    if match is None or (match[2] and _UNITS[match[3].lower()] == 1):
+        raise ValueError("a size: a whole number of bytes, or a number with K, M, G or T")
+    decimals = match[2] or ""
+    tenths: int = 10 ** len(decimals)
+    return int(match[1] + decimals) * _UNITS[match[3].lower()] // tenths
 
 
 def format_size(size_bytes: int) -> str:

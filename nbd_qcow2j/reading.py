@@ -8,7 +8,8 @@ reading is not handed out again, nor punched, before it has left.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from bisect import bisect_left
+from typing import TYPE_CHECKING, Final
 
 from .format.tables import NORMAL, OFFSET_MASK, UNALLOCATED, ZERO_ALLOC, compressed_extent
 from .image.backing import Extent
@@ -17,6 +18,9 @@ from .steps import Compute, Operation, Read, ReadInto
 
 if TYPE_CHECKING:
     from .disk import Disk
+
+MOST_CLUSTERS: Final = 1 << 14
+"""Clusters that one request for extents looks at."""
 
 
 def read_into(disk: Disk, view: memoryview, offset: int) -> Operation[None]:
@@ -113,20 +117,33 @@ def _read_compressed(disk: Disk, view: memoryview, entry: int, start: int) -> Op
     view[:] = content[start : start + len(view)]
 
 
-def extents(disk: Disk, offset: int, length: int) -> Operation[list[Extent]]:
-    """What a range holds: data, allocated or not; zeros. Raises ImageError, ReadFailed."""
+def extents(disk: Disk, offset: int, length: int, *, one: bool = False) -> Operation[list[Extent]]:
+    """What a range holds: data, allocated or not; zeros. Raises ImageError, ReadFailed.
+
+    An answer may be of the beginning of the range only: with `one` nothing is wanted but the first extent, and a
+    request looks at MOST_CLUSTERS, for all others wait while it does. Whoever asks goes on from there.
+    """
     found: list[Extent] = []
     size = disk.geometry.cluster_size
     end = offset + length
-    while offset < end:
+    # Those that become pending from now on are written while we look: either answer is right.
+    pending = sorted(each for each in disk.pending.clusters if offset // size <= each <= (end - 1) // size)
+    left = MOST_CLUSTERS
+    while offset < end and left > 0 and not (one and len(found) > 1):
         cluster, start = divmod(offset, size)
         span = min(size - start, end - offset)
+        left -= 1
         if cluster in disk.pending.clusters:
-            _extend(found, span, zero=False, allocated=True)
-        elif not disk.mapping.l2_offset(cluster) and not disk.pending.clusters:
+            _extend(found, span, zero=_is_zero(disk, cluster), allocated=True)
+        elif not disk.mapping.l2_offset(cluster):
             per_table = disk.geometry.l2_entries * size
             span = min(end - offset, per_table - offset % per_table)
+            following = bisect_left(pending, cluster)
+            if following < len(pending):
+                # At least one cluster: it may have gone home since.
+                span = min(span, max(pending[following], cluster + 1) * size - offset)
             if disk.backing is not None:
+                left -= span // size
                 for extent in (yield from disk.backing.extents(offset, span)):
                     _extend(found, extent.length, zero=extent.zero, allocated=False)
             else:
@@ -150,6 +167,12 @@ def extents(disk: Disk, offset: int, length: int) -> Operation[list[Extent]]:
                     _extend(found, piece, zero=True, allocated=kind == ZERO_ALLOC)
         offset += span
     return found
+
+
+def _is_zero(disk: Disk, cluster: int) -> bool:
+    """Whether a pending cluster is known to be zero, all its pages waiting: what was trimmed page by page."""
+    pages, zero = disk.pending.clusters[cluster], disk.pending.zero_page
+    return len(pages) == disk.pending.per_cluster and all(page.data == zero for page in pages.values())
 
 
 def _extend(found: list[Extent], length: int, *, zero: bool, allocated: bool) -> None:

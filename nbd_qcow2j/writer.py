@@ -217,7 +217,7 @@ class Writer:
             tight = checkpoint.is_tight(disk)
             started = time.perf_counter_ns()
             least = 0 if idle or tight else disk.log.ring.length // 8
-            done = self.run(checkpoint.round_(disk, tight=tight, least_bytes=least))
+            done = self.run(checkpoint.round_(disk, tight=tight, least_bytes=least, again=tight))
             self.observe(time.perf_counter_ns() - started)
             if not done:
                 return False

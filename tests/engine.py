@@ -212,7 +212,7 @@ def background(engine: Engine, rng: Random) -> Operation[None]:
         tight = checkpoint.is_tight(disk)
         choice = rng.randrange(4)
         if tight or choice == 0:
-            yield from checkpoint.round_(disk, tight=tight, clusters=rng.choice((1, 4, 64)))
+            yield from checkpoint.round_(disk, tight=tight, clusters=rng.choice((1, 4, 64)), again=tight)
         elif choice == 1:
             # As the writer does it: never waiting for ring room, which only this task makes.
             yield from checkpoint.settle(disk)

@@ -39,6 +39,15 @@ def apply(mutation: Mutation, directory: Path) -> Path:
 
 
 MUTATIONS = [
+    # ---- what cannot be read
+    Mutation(
+        "nothing is recorded again", "a page over what cannot be read does not stop the tail for ever",
+        "checkpoint.py", "if tight and again and left.errno", "if False and left.errno",
+    ),
+    Mutation(
+        "what is recorded again is not recorded", "the tail passes a record when a newer one is committed",
+        "record_again.py", "        log.running.note_page(index, page)\n", "        pass\n",
+    ),
     # ---- commit
     Mutation(
         "data is synced after the journal names it", "data before the metadata that names it", "journal/log.py",

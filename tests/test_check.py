@@ -202,6 +202,10 @@ def test_what_cannot_be_checked_is_one_line_and_exit_code_1(tmp_path: Path) -> N
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "is not a qcow2 image" in done.stderr
+    # As in qemu-img, and not 2: that is what a corrupt image is.
+    for words in ((), ("--repair", "bad", path), ("--bogus", path)):
+        assert run(PROGRAM, "check", *words, check=False).returncode == 1
+    assert run(PROGRAM, "check", "--help").stdout
 
 
 def test_findings_are_printed_for_people(images: dict[str, Path], tmp_path: Path) -> None:

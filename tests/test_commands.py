@@ -91,6 +91,14 @@ def test_an_overlay_has_the_size_of_what_lies_beneath_and_shows_it(tmp_path: Pat
     assert handle.pread(1_000_010, 0) == b"b" * 1_000_000 + bytes(10)
 
 
+def test_create_takes_sizes_as_qemu_img_does(tmp_path: Path) -> None:
+    for size, expected in (("1000000", 1_000_448), ("1.5G", 3 << 29), ("1.3M", 1_363_456)):
+        image, other = tmp_path / f"{size}.qcow2", tmp_path / f"{size}.by-qemu"
+        run(PROGRAM, "create", image, size)
+        run("qemu-img", "create", "-q", "-f", "qcow2", other, size)
+        assert qemu_info(image)["virtual-size"] == qemu_info(other)["virtual-size"] == expected
+
+
 def test_create_never_overwrites_and_refuses_in_one_line(tmp_path: Path) -> None:
     image, base = tmp_path / "image.qcow2", tmp_path / "base.raw"
     image.write_text("precious")
@@ -100,8 +108,8 @@ def test_create_never_overwrites_and_refuses_in_one_line(tmp_path: Path) -> None
     new = tmp_path / "new.qcow2"
     for words, expected in (
         ((new,), "size: say how large the disk is, such as 10G"),
-        ((new, "1X"), "size: expected a size: a whole number of bytes, or one with K, M, G or T, found '1X'"),
-        ((new, "1000"), "size: expected a multiple of 512 bytes, found 1000"),
+        ((new, "1X"), "size: expected a size: a whole number of bytes, or a number with K, M, G or T, found '1X'"),
+        ((new, "1.5"), "size: expected a size: a whole number of bytes, or a number with K, M, G or T, found '1.5'"),
         ((new, "1M", "-b", base), "-b and -F go together: the format of a backing file is never guessed"),
         ((new, "1M", "-b", "none", "-F", "raw"), f"{tmp_path}/none: No such file or directory"),
         ((new, "1M", "-b", base, "-F", "qcow2"), f"{base} is not a qcow2 image, expected 514649fb, found 00000000"),
@@ -270,6 +278,21 @@ def test_what_cannot_be_looked_into_is_one_line(
     assert "is a directory" in refused(command, tmp_path)
     serve(image)
     assert refused(command, image).startswith(f"{image} is in use: another nbd-qcow2j writes to it")
+
+
+def test_an_image_that_is_being_served_can_be_looked_at_when_that_is_asked_for(
+    image: Path, serve: Callable[..., Server]
+) -> None:
+    handle = serve(image, *QUIET).connect()
+    for number in range(3):
+        handle.pwrite(b"x" * 4096, number << 20)
+        handle.flush()
+    lines = said("journal", "--json", "-U", image).splitlines()
+    assert len([json.loads(line)["sequence"] for line in lines]) == 3
+    found = json.loads(said("info", "--json", "--force-share", image))
+    assert found["journal"]["transactions"] == 3
+    handle.pwrite(b"x" * 4096, 0)
+    handle.flush()
 
 
 def test_what_somebody_has_read_enough_of_is_no_error(killed: Path) -> None:

@@ -158,7 +158,8 @@ class Play:
 
 def relieve(disk: Disk) -> Operation[None]:
     """One turn of the writer."""
-    if (yield from checkpoint.round_(disk, tight=checkpoint.is_tight(disk))):
+    tight = checkpoint.is_tight(disk)
+    if (yield from checkpoint.round_(disk, tight=tight, again=tight)):
         yield from checkpoint.settle(disk)
 
 

@@ -316,7 +316,8 @@ def drive(disk: Disk, operation: Operation[Any]) -> None:
             turns += 1
             assert turns < 300, f"waits for {step.gate.name} without an end"
             try:
-                run_simply(checkpoint.round_(disk, tight=checkpoint.is_tight(disk)))
+                tight = checkpoint.is_tight(disk)
+                run_simply(checkpoint.round_(disk, tight=tight, again=tight))
                 run_simply(checkpoint.settle(disk))
                 run_simply(disk.allocator.release())
             except Error as error:

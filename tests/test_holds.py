@@ -1,4 +1,4 @@
-"""How many clusters a round of the checkpoint prepares, or links, in one hold of the lock.
+"""How many clusters a round of the checkpoint prepares, or links, in one hold of the lock; and a long trim.
 
 As many as a commit brought, so that who flushes each write is kept for one cluster at most; sixteen at most; and
 sixteen where ring or pending table fill up, for then pauses cost more than they give.
@@ -6,17 +6,20 @@ sixteen where ring or pending table fill up, for then pauses cost more than they
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from engine import Shape
 from stage import Stage, pending
 
+from nbd_qcow2j.changes import ZERO_CLUSTERS
 from nbd_qcow2j.checkpoint import HOLD_CLUSTERS, HURRY_FROM, fill
 from nbd_qcow2j.steps import Operation, Pause
 
 SHAPE = Shape("cluster_size=4096", 256 << 10, journal=4 << 20)
 
 
-def pauses(stage: Stage, operation: Operation[bool]) -> int:
+def pauses(stage: Stage, operation: Operation[Any]) -> int:
     """Run it alone; how often it paused."""
     found = 0
 
@@ -72,3 +75,29 @@ def test_nobody_pauses_for_each_cluster_where_it_fills_up(what: str) -> None:
             disk.pending_most = 12 if quick else 13
         assert (max(fill(disk), disk.pending.count / disk.pending_most) > HURRY_FROM) == quick
         assert (pauses(stage, stage.round()) == 0) == quick
+
+
+def test_a_long_trim_lets_others_have_their_turn() -> None:
+    # Breakage: changes.py: if first > begun: -> if False:
+    stage = Stage(Shape("cluster_size=4096", 2 << 20, journal=8 << 20))
+    assert pauses(stage, stage.trim(0, 4096)) == 0, "nothing is there"
+    stage.do(stage.write(0, 4096))
+    stage.home()
+    assert pauses(stage, stage.trim(0, 8 * ZERO_CLUSTERS)) == 0
+    stage.do(stage.write(0, 4096))
+    assert pauses(stage, stage.trim(0, 4096)) == 512 // ZERO_CLUSTERS - 1
+    stage.home()
+
+
+def test_a_long_trim_of_what_has_no_table_lets_others_have_their_turn() -> None:
+    # Breakage: changes.py: if number and not number % ZERO_CLUSTERS: -> if False:
+    stage = Stage(Shape("cluster_size=4096", 2 << 20, journal=8 << 20))
+    count = 2 * ZERO_CLUSTERS + 2
+    for cluster in range(count):
+        stage.do(pending(stage, cluster * 8, 8))
+        if cluster % 16 == 15:
+            stage.do(stage.flush())
+    assert not stage.disk.mapping.l1.entries[0] and len(stage.disk.pending.clusters) == count
+    assert pauses(stage, stage.trim(0, 4096)) == 2
+    assert not stage.disk.pending.clusters
+    stage.home()

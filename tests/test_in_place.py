@@ -287,7 +287,8 @@ def background(stage: Stage, rng: Random) -> Operation[None]:
         try:
             if tight or choice <= 1:
                 least = 0 if tight else rng.choice((0, 0, 1 << 13, 1 << 20))
-                yield from checkpoint.round_(disk, tight=tight, clusters=rng.choice((1, 4, 64)), least_bytes=least)
+                clusters = rng.choice((1, 4, 64))
+                yield from checkpoint.round_(disk, tight=tight, clusters=clusters, least_bytes=least, again=tight)
             elif choice == 2:
                 yield from checkpoint.settle(disk)
             elif choice == 3:

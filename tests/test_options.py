@@ -25,13 +25,16 @@ from nbd_qcow2j.options import (
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("0", 0), ("512", 512), ("4k", 4096), ("4KiB", 4096), ("32M", 32 << 20), ("1 G", 1 << 30), ("2TB", 2 << 40)],
+    [
+        ("0", 0), ("512", 512), ("4k", 4096), ("4KiB", 4096), ("32M", 32 << 20), ("1 G", 1 << 30), ("2TB", 2 << 40),
+        ("1.5M", 3 << 19), ("0.1K", 102),
+    ],
 )
 def test_a_size_takes_powers_of_1024(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "M", "-1", "1.5M", "1X", "0x10", "1MM", "٣", "1e3"])
+@pytest.mark.parametrize("text", ["", "M", "-1", "1.5", "1.5B", "1.M", ".5M", "1X", "0x10", "1MM", "٣", "1e3"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="a size"):
         parse_size(text)

@@ -6,6 +6,7 @@ Where a test's comment names a `Breakage`, that change of the engine opens the h
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -515,6 +516,93 @@ def test_who_waits_for_a_tail_that_cannot_be_read_is_told_why() -> None:
     cut(stage)
 
 
+def around(stage: Stage, laps: int, write: Callable[[int], Operation[None]]) -> None:
+    """Write and flush until the ring was written so often, with the rounds that the writer would make."""
+    ring, number = stage.disk.log.ring, 0
+    end = ring.head + laps * ring.length
+    while ring.head < end:
+        stage.do(write(number), stage.flush())
+        number += 1
+        for _ in range(64):
+            tight = checkpoint.is_tight(stage.disk)
+            if not tight and checkpoint.fill(stage.disk) < 0.5:
+                break
+            if not run_simply(stage.round(tight=tight, again=tight)) and not tight:
+                break
+            run_simply(checkpoint.settle(stage.disk))
+            stage.watch.check()
+
+
+@pytest.mark.parametrize("stuck", [1, 3])
+def test_a_page_over_what_cannot_be_read_does_not_stop_the_tail_for_ever(stuck: int) -> None:
+    # Half of a cluster, flushed, over a backing file that fails for good; then writes elsewhere, three times round the
+    # ring. They are taken, what was flushed is kept, and the trim that mends it is taken as well.
+    # Breakage: checkpoint.py: if tight and again and -> if False and
+    stage = Stage(replace(WIDE, journal=1 << 18))
+    for number in range(stuck):
+        stage.do(pending(stage, number * 16, 8), stage.flush())
+    beneath = stage.engine.backing.storage.disk  # type: ignore[union-attr]
+    beneath.fail("read", 1, times=0)
+    around(stage, 3, lambda number: pending(stage, (stuck + number % (8 - stuck)) * 16, 16))
+    assert stage.disk.log.failed is None and stage.disk.pending.clusters.keys() >= set(range(stuck))
+    beneath.mend()
+    cut(stage)
+    beneath.fail("read", 1, times=0)
+    stage.do(*(stage.trim(number * 16, 16) for number in range(stuck)), stage.flush())
+    for _ in range(6):
+        stage.do(stage.round(), stage.flush())
+    assert not stage.disk.pending.clusters
+    beneath.mend()
+    cut(stage)
+
+
+def test_a_page_may_be_recorded_again_and_the_power_be_cut_at_any_step_of_it() -> None:
+    # Breakage: record_again.py: log.running.note_page(index, page) -> pass
+    stage = Stage(replace(WIDE, journal=1 << 18))
+    stage.do(pending(stage, 0, 8), stage.flush())
+    beneath = stage.engine.backing.storage.disk  # type: ignore[union-attr]
+    beneath.fail("read", 1, times=0)
+    ring, number = stage.disk.log.ring, 0
+    while not checkpoint.is_tight(stage.disk):
+        stage.do(pending(stage, 16 + number % 7 * 16, 16), stage.flush())
+        number += 1
+    before, rounds = ring.tail, 0
+    while checkpoint.is_tight(stage.disk):
+        stepper = Stepper()
+        task = stepper.add(stage.round(tight=True, again=True))
+        while not task.done:
+            stepper.move(task)
+            beneath.mend()
+            cut(stage)
+            beneath.fail("read", 1, times=0)
+        assert task.error is None and task.result
+        rounds += 1
+        assert rounds < 400
+    assert ring.tail > before and 0 in stage.disk.pending.clusters
+    assert not stage.disk.log.starvations
+
+
+def test_pages_that_fill_the_ring_are_not_recorded_again_for_nothing() -> None:
+    # All of them are over what cannot be read: round and round would free nothing. Who waits is told, and no write
+    # was made for that.
+    # Breakage: record_again.py: or not _helps(disk) -> (away)
+    stage = Stage(WIDE)
+    beneath = stage.engine.backing.storage.disk  # type: ignore[union-attr]
+    number = 0
+    while not checkpoint.is_tight(stage.disk):
+        stage.do(pending(stage, number % 8 * 16, 8), stage.flush())
+        number += 1
+    beneath.fail("read", 1, times=0)
+    for _ in range(100):
+        if not run_simply(stage.round(tight=True, again=True)):
+            break
+    head = stage.disk.log.ring.head
+    assert not run_simply(stage.round(tight=True, again=True))
+    assert stage.disk.log.ring.head == head and stage.disk.log.starvations
+    beneath.mend()
+    cut(stage)
+
+
 def test_a_refcount_block_that_cannot_be_read_costs_no_cluster() -> None:
     # The search for free clusters has found some when it meets the block.
     # Breakage: image/allocator.py: except BaseException:\n            for cluster in chosen: -> except OSError:...
@@ -532,6 +620,21 @@ def test_a_refcount_block_that_cannot_be_read_costs_no_cluster() -> None:
     assert set(allocator.found) == found and stage.disk.log.failed is None
     stage.watch.check()
     stage.do(allocator.ensure(len(found) + 4))
+
+
+def test_what_a_flushed_trim_has_freed_is_room_at_once() -> None:
+    # The file cannot grow, and what was freed is only waiting to be given back: the task that does it sleeps.
+    # Breakage: image/allocator.py: if self.log.epochs.releasable: -> if False:
+    stage = Stage(SMALL)
+    stage.do(stage.write(0, 24))
+    stage.home()
+    drain_pool(stage)
+    full(stage.sim, "allocate")
+    assert isinstance(refused(stage.write(32, 8)), RequestError)
+    stage.do(stage.trim(0, 8), stage.flush())
+    assert stage.disk.epochs.releasable
+    stage.do(stage.write(32, 8), stage.flush())
+    cut(stage)
 
 
 def test_a_cluster_that_could_not_be_given_back_is_used_again_all_the_same() -> None:

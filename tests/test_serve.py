@@ -462,11 +462,82 @@ def test_what_belongs_to_an_option_of_nbdkit_stays_with_it(image: Path, short_pa
     assert not is_attached(image)
 
 
+@pytest.mark.parametrize("option", ["-r", "--readonly", "--read-only", "-vr"])
+def test_nbdkits_own_read_only_leaves_the_image_alone(image: Path, short_path: Path, option: str) -> None:
+    before, asked = image.read_bytes(), "nbdinfo --is read-only $uri && echo it is"
+    path = short_path / "s"
+    done = run(PROGRAM, "serve", image, "--socket", path, "--", option, "--run", asked)
+    assert done.stdout.splitlines()[-1] == "it is"
+    done = run("nbdkit", option, "-U", path, "--run", asked, "python", PLUGIN, f"file={image}", "discard=on")
+    assert done.stdout == "it is\n"
+    # Two at once, as readers may.
+    path = short_path / "other"
+    command = ["nbdkit", "-f", option, "-U", str(path), "python", str(PLUGIN), f"file={image}"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        try:
+            poll(lambda: answers(path), what="the server answers", seconds=30)
+            done = run("nbdkit", option, "-U", "-", "--run", asked, "python", PLUGIN, f"file={image}")
+            assert done.stdout == "it is\n"
+        finally:
+            process.terminate()
+    assert image.read_bytes() == before
+
+
+def test_a_word_that_looks_like_read_only_is_not_taken_for_it(image: Path, short_path: Path) -> None:
+    words = ["--exportname", "-r", "--run", "nbdinfo --can write nbd+unix:///-r?socket=$unixsocket && echo it can"]
+    done = run(PROGRAM, "serve", image, "--socket", short_path / "s", "--", *words)
+    assert done.stdout.splitlines()[-1] == "it can"
+
+
+def test_nothing_is_said_to_be_served_before_somebody_listens(image: Path, short_path: Path) -> None:
+    # Who reads the address may connect at once; five times, for it is a race that must not be there.
+    for number in range(5):
+        path = short_path / f"{number}"
+        command = [PROGRAM, "serve", str(image), "--socket", str(path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            try:
+                assert process.stdout.readline() == f"serving {image} at nbd+unix:///?socket={path}\n"
+                assert answers(path)
+                process.terminate()
+                assert process.stdout.read().endswith("Ctrl-C ends it.\n")
+            finally:
+                process.terminate()
+        assert process.returncode == 0
+
+
+def test_an_image_that_the_plugin_refuses_is_never_said_to_be_served(
+    serve: Callable[..., Server], image: Path, short_path: Path
+) -> None:
+    # Both journal slots are damaged: only reading the journal shows it.
+    server = serve(image)
+    server.kill()
+    data = image.read_bytes()
+    assert data.count(b"qjournal") == 2
+    image.write_bytes(data.replace(b"qjournal", b"jqournal"))
+    for options in ((), ("--daemonize", "--pid-file", short_path / "pid")):
+        done = run(PROGRAM, "serve", image, "--socket", short_path / "s", *options, check=False)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "journal" in done.stderr
+
+
+def test_a_host_that_cannot_be_one_is_one_line(image: Path, short_path: Path) -> None:
+    said = refused(PROGRAM, "serve", image, "--port", free_port(), "--address", "127..0.1")
+    assert said == "nbd-qcow2j: option port: 127..0.1 is neither an address nor a host's name"
+    said = refused(PROGRAM, "serve", image, "--socket", short_path / "s", "--metrics", "a..b:9809")
+    assert said == "nbd-qcow2j: option metrics: a..b is neither an address nor a host's name"
+    said = refused("nbdkit", "-f", "-U", short_path / "s", "python", PLUGIN, f"file={image}", "metrics=a..b:9809")
+    assert "internal error" not in said
+    assert "a..b" in said
+
+
 def test_a_name_that_is_not_utf_8_is_refused_in_one_line(image: Path, short_path: Path) -> None:
     bad = os.fsencode(short_path) + b"/bad\xff.qcow2"
     with open(bad, "wb") as file:
         file.write(image.read_bytes())
     said = refused(PROGRAM, "serve", os.fsdecode(bad), "--socket", short_path / "s")
+    assert "is not UTF-8" in said
+    said = refused(PROGRAM, "serve", image, "--socket", os.fsdecode(os.fsencode(short_path) + b"/\xff"))
     assert "is not UTF-8" in said
     env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
     assert b"virtual-size" in subprocess.run([PROGRAM, "info", bad], env=env, capture_output=True, check=True).stdout

@@ -291,7 +291,8 @@ class Connections(RuleBasedStateMachine):
     @precondition(lambda self: self.serving and not self.rounds)
     @rule(tight=st.booleans(), clusters=st.sampled_from((1, 2, 64)), tail=st.booleans())
     def checkpoint_step(self, tight: bool, clusters: int, tail: bool) -> None:
-        self.round(checkpoint.round_(self.disk, tight=tight, clusters=clusters, least_bytes=0 if tail else NEVER))
+        least = 0 if tail else NEVER
+        self.round(checkpoint.round_(self.disk, tight=tight, clusters=clusters, least_bytes=least, again=tight))
 
     def round(self, operation: Operation[Any]) -> Task:
         """One checkpoint at a time, as in the writer."""
@@ -308,7 +309,7 @@ class Connections(RuleBasedStateMachine):
         if not (tight or checkpoint.fill(disk) >= 0.5 or (idle and (disk.pending.clusters or log.ring.transactions))):
             return False
         try:
-            done = yield from checkpoint.round_(disk, tight=tight)
+            done = yield from checkpoint.round_(disk, tight=tight, again=tight)
         except RequestError:
             return False
         if done:

@@ -17,7 +17,9 @@ import images
 import pytest
 from engine import Oracle, Shape
 from simdisk import SECTOR, SimDisk
-from windows import QUICK, THOROUGH, Effort, Explorer, Life, explore, numbers
+from windows import QUICK, THOROUGH, Effort, Explorer, Life, explore, numbers, run
+
+from nbd_qcow2j import checkpoint
 
 SMALL = Shape("cluster_size=512", 40 << 10)
 ROOMY = Shape("cluster_size=512", 40 << 10, journal=32 << 12)
@@ -26,6 +28,8 @@ PAGE = Shape("cluster_size=4096", 64 << 10)
 WIDE = Shape("cluster_size=4096,refcount_bits=64", 64 << 10, journal=32 << 12)
 LARGE = Shape("cluster_size=16384,refcount_bits=64", 64 << 10)
 SUB = Shape("cluster_size=16384,refcount_bits=64,extended_l2=on", 64 << 10)
+PAIRS = Shape("cluster_size=8192", 64 << 10, journal=32 << 12)
+"""Two pages in a cluster."""
 TABLE = Shape("cluster_size=512,refcount_bits=64", 64 << 10)
 
 
@@ -347,6 +351,28 @@ def recover(life: Life) -> None:
         life.close()
 
 
+def recorded_again(life: Life) -> None:
+    # Half a cluster over a backing file that cannot be read keeps the tail; the rest can go home.
+    life.open()
+    life.write(0, 8, pending=True)
+    life.flush()
+    beneath = life.disk.backing.storage.disk  # type: ignore[union-attr]
+    beneath.fail("read", 1, times=0)
+    at = 16
+    while not checkpoint.is_tight(life.disk):
+        life.write(at, 16, pending=True)
+        life.flush()
+        at = at + 16 if at < 112 else 16
+    tail = life.disk.log.ring.tail
+    with life.window():
+        while checkpoint.is_tight(life.disk):
+            assert run(checkpoint.round_(life.disk, tight=True, again=True), life.disk)
+        assert life.disk.log.ring.tail > tail and 0 in life.disk.pending.clusters
+        life.write(0, 3)
+        life.flush()
+    beneath.mend()
+
+
 def the_free_tail_at_detach(life: Life) -> None:
     # Clusters behind the journal are used, and then the last of them are free again.
     life.open()
@@ -408,6 +434,7 @@ SCENARIOS = [
     *over(detach, "overlay", backed(SMALL), backed(PAGE)),
     *over(recover, "plain", SMALL, PAGE),
     *over(recover, "snapshot", PAGE),
+    *over(recorded_again, "overlay", backed(PAIRS)),
     *over(the_free_tail_at_detach, "plain", SMALL, PAGE),
     *over(the_free_tail_at_detach, "plain", PAGE, discard=False),
 ]

@@ -32,6 +32,7 @@ from simdisk import SimDisk, SimStorage
 from nbd_qcow2j import changes, checkpoint
 from nbd_qcow2j.attaching import detach
 from nbd_qcow2j.disk import Disk, Settings
+from nbd_qcow2j.errors import Error
 from nbd_qcow2j.image.backing import Layer
 from nbd_qcow2j.opening import open_disk
 from nbd_qcow2j.steps import Operation, Wait
@@ -42,7 +43,7 @@ UUID = b"uuid of a window"
 def run(operation: Operation[Any], disk: Disk | None = None) -> Any:
     """Run an operation alone; while it waits, the checkpoint of `disk` has a turn, as the writer would give it."""
     result: Any = None
-    failure: OSError | None = None
+    failure: OSError | Error | None = None
     turns = 0
     while True:
         try:
@@ -53,12 +54,13 @@ def run(operation: Operation[Any], disk: Disk | None = None) -> Any:
         if isinstance(step, Wait):
             turns += 1
             assert disk is not None and turns < 200, f"nobody opens the gate: {step.gate.name}"
-            if not run(checkpoint.round_(disk, tight=checkpoint.is_tight(disk))):
+            tight = checkpoint.is_tight(disk)
+            if not run(checkpoint.round_(disk, tight=tight, again=tight)):
                 run(checkpoint.settle(disk))
             continue
         try:
             result = step.perform()
-        except OSError as error:
+        except (OSError, Error) as error:
             failure = error
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import OptionError
 from ..format.create import new_image
 from ..format.header import parse_header
+from ..geometry import SECTOR
 from ..options import format_size, parse_size
 
 
@@ -19,8 +20,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("image", metavar="IMAGE", help="the file to create")
     parser.add_argument(
-        "size", metavar="SIZE", nargs="?", help="size of the disk, such as 10G; that of BACKING if left out"
-    )
+        "size", metavar="SIZE", nargs="?",
+        help="size of the disk, such as 10G or 1.5T, rounded up to 512 bytes; that of BACKING if left out",
+    )  # fmt: skip
     parser.add_argument("-b", "--backing", metavar="BACKING", help="the image beneath, relative to IMAGE")
     parser.add_argument(
         "-F", "--backing-format", metavar="FORMAT", choices=("raw", "qcow2"), help="its format: raw or qcow2"
@@ -56,9 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
             length = os.fstat(file.fileno()).st_size
             if arguments.backing_format == "qcow2":
                 length = parse_header(file.read(1 << 16), file_size=length, name=path).size
-        size = -(-length // 512) * 512 if size is None else size
+        size = length if size is None else size
     if size is None:
         raise OptionError("size: say how large the disk is, such as 10G")
+    size = -(-size // SECTOR) * SECTOR
     writes, length = new_image(
         size, cluster_size=_size("cluster size", arguments.cluster_size), refcount_bits=arguments.refcount_bits,
         backing_name=os.fsencode(backing) if backing is not None else None, backing_format=arguments.backing_format,

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import printable
 from ..format.header import INCOMPAT_CORRUPT, INCOMPAT_DATA_FILE, INCOMPAT_DIRTY, INCOMPAT_KNOWN
 from ..options import format_size
-from ._open import looked_into
+from ._open import add_force_share, looked_into
 
 _ONLY_IF_SO = frozenset({"dirty", "corrupt", "encrypted", "external-data-file", "unknown-features"})
 """What is worth a line where it stands in the way of serving."""
@@ -22,12 +22,13 @@ def add_parser(subparsers: Any) -> None:
         "info", help="show what an image is", description="Show an image's header and its journal. Changes nothing."
     )
     parser.add_argument("image", metavar="IMAGE")
+    add_force_share(parser)
     parser.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print it. Raises ImageError."""
-    with looked_into(arguments.image) as (file, header, plan):
+    with looked_into(arguments.image, share=arguments.force_share) as (file, header, plan):
         facts: dict[str, Any] = {
             "filename": arguments.image,
             "format": "qcow2",

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from ..format.journal import GUEST_DATA, REVOKE_GUEST, REVOKE_HOST, WRITE_DATA
-from ._open import looked_into
+from ._open import add_force_share, looked_into
 
 _NAMES = {WRITE_DATA: "write data", REVOKE_HOST: "revoke host", GUEST_DATA: "guest data", REVOKE_GUEST: "revoke guest"}
 
@@ -19,12 +19,13 @@ def add_parser(subparsers: Any) -> None:
         description="List the transactions between the tail and the head of an attached journal. Changes nothing.",
     )  # fmt: skip
     parser.add_argument("image", metavar="IMAGE")
+    add_force_share(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line, with every descriptor")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print it. Raises ImageError."""
-    with looked_into(arguments.image) as (_, _, plan):
+    with looked_into(arguments.image, share=arguments.force_share) as (_, _, plan):
         if plan is None:
             if not arguments.json:
                 print(f"{arguments.image} has no journal attached")

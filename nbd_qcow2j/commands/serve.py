@@ -22,10 +22,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..errors import Error, ImageError, OptionError, printable
-from ..format.header import check_usable, parse_header
+from ..announcement import BEFORE_FORK, ONCE_LISTENING
+from ..errors import Error, OptionError, printable
+from ..format.header import check_usable, journal_extension_of, parse_header
+from ..format.journal import Location
 from ..image.backing import open_backing
 from ..locks import READER, WRITER
+from ..nbdkit_words import is_read_only, split_keys
 from ..options import UNITS, Options, describe_options, parse_address, parse_options
 from ..storage import FileStorage
 
@@ -41,12 +44,6 @@ THREADS = 4
 _SOCKET_PATH_BYTES = 107
 # Options of the image that `serve` takes in another form.
 _SPELT_OUT = frozenset({"file", "read-only", "remove-socket"})
-# Options of nbdkit whose value is the next word, which may then contain `=`.
-_TAKES_A_WORD = frozenset(
-    "-D -e -g -i -m -P -p -t -U -u --debug --export --export-name --exportname --filter --group --ip-addr --ipaddr "
-    "--log --mask-handshake --pid-file --pidfile --port --run --selinux-label --threads --tls --tls-certificates "
-    "--tls-psk --unix --user --vsock-port".split()
-)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -91,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_port("metrics", *parse_address(options.metrics))
     if arguments.socket is not None:
         path = os.path.abspath(arguments.socket)
+        check_name(path)
         claim_socket(path)
         listen = ["-U", path]
         pairs.append(("remove-socket", path))
@@ -113,19 +111,21 @@ def run(arguments: argparse.Namespace) -> int:
         command.append("-f")
     if arguments.pid_file is not None:
         command += ["-P", os.path.abspath(arguments.pid_file)]
-    for_nbdkit, for_filters = _split_passed_on(arguments.passed_on)
+    for_nbdkit, for_filters = split_keys(arguments.passed_on)
     command += [*for_nbdkit, "python", str(plugin), *(f"{key}={value}" for key, value in pairs), *for_filters]
-    print(_how_to_attach(options, uri, arguments), flush=True)
+    # Said by the plugin, when it is true: until then the image may be refused, and nobody listens.
+    when = BEFORE_FORK if arguments.daemonize else ONCE_LISTENING
+    said = f"{_how_to_attach(options, uri, arguments)}\n"
     sys.stderr.flush()
     # The interpreter that nbdkit embeds looks for its library beside the first python3 on PATH, which may be another
     # build of the same version (pyenv, conda), whose modules do not load.
-    os.execve(nbdkit, command, {**os.environ, "PYTHONHOME": sys.base_prefix})
+    os.execve(nbdkit, command, {**os.environ, "PYTHONHOME": sys.base_prefix, when: said})
 
 
 def _pairs(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     """The options of the image that were given, absolute paths and all, as plain nbdkit would get them."""
     pairs = [("file", os.path.abspath(arguments.image))]
-    if arguments.read_only:
+    if arguments.read_only or is_read_only(arguments.passed_on):
         pairs.append(("read-only", "true"))
     for key, _, _ in describe_options():
         if key not in _SPELT_OUT and (value := getattr(arguments, key.replace("-", "_"))) is not None:
@@ -137,34 +137,30 @@ def _pairs(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     return pairs
 
 
-def _split_passed_on(words: list[str]) -> tuple[list[str], list[str]]:
-    """nbdkit's own options, and the `key=value` of its filters: those come after the plugin's name."""
-    own: list[str] = []
-    keys: list[str] = []
-    before = ""
-    for word in words:
-        is_key = "=" in word and not word.startswith("-") and before not in _TAKES_A_WORD
-        (keys if is_key else own).append(word)
-        before = word
-    return own, keys
-
-
 def check_image(options: Options) -> None:
     """Whether the file is an image that can be served, and nobody uses it. Raises ImageError; changes nothing."""
     path = options.file
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise ImageError(f"the name {printable(path)} is not UTF-8, which nbdkit cannot pass on: rename it") from None
+    check_name(path)
     with FileStorage.open(path, read_only=options.read_only) as file:
         file.lock(READER if options.read_only else WRITER)
         data = bytearray(64 << 10)
         file.read_into(data, 0)
         header = parse_header(bytes(data), file_size=file.size(), name=path)
         check_usable(header, write=not options.read_only, name=path)
+        extension = journal_extension_of(header)
+        if extension is not None:
+            Location.from_bytes(extension, cluster_size=header.geometry.cluster_size, name=path)
         backing = open_backing(header, path, policy=options.backing, opener=FileStorage.open_backing)
         if backing is not None:
             backing.close()
+
+
+def check_name(path: str) -> None:
+    """Whether nbdkit can hand a name to its plugin. Raises OptionError."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise OptionError(f"the name {printable(path)} is not UTF-8, which nbdkit cannot pass on: rename it") from None
 
 
 def check_directory(name: str, path: str) -> None:
@@ -214,6 +210,8 @@ def check_port(name: str, host: str, port: int) -> None:
                 probe.listen()
     except OSError as error:
         raise OptionError(f"option {name}: cannot listen on {host} port {port}: {error.strerror}") from None
+    except UnicodeError:
+        raise OptionError(f"option {name}: {host} is neither an address nor a host's name") from None
 
 
 def _is_loopback(host: str) -> bool:

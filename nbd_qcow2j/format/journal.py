@@ -25,7 +25,8 @@ it never sees the UUID.
 
 What we assume of the disk: a synchronous write that returned is there after a power cut; a 512-byte block
 is written whole or not at all, and alone. Only the journal itself bears more: of slots and transactions, which
-have 4 KiB of their own, a write may take others of its 4 KiB with it. Metadata and overwrites go home in units
+have 4 KiB of their own, a write may take others of its 4 KiB with it; not so while what was accepted is written again
+after a crash (opening.py). Metadata and overwrites go home in units
 of 512 bytes; what lies beside them is not in the journal.
 """
 

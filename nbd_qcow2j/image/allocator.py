@@ -186,6 +186,10 @@ class Allocator:
                 except OSError as error:
                     if error.errno not in NO_ROOM:
                         raise
+                    if self.log.epochs.releasable:
+                        # What was freed is only waiting to be given back.
+                        yield from self.release()
+                        continue
                     if self.scan_at < self.scan_end and self.counted is not None and not self.counted.finished:
                         # There may be room in the file itself, if all of it may be asked for.
                         yield from self.counted.go_on(self.geometry.clusters)
