@@ -256,26 +256,30 @@ def _zero_part(disk: Disk, offset: int, end: int, *, trim: bool) -> Operation[No
 
 
 def _zero_clusters(disk: Disk, first: int, end: int, *, may_trim: bool) -> Operation[None]:
-    per_table, per_cluster = disk.geometry.l2_entries, disk.geometry.pages_per_cluster
+    per_table, per_cluster, l1 = disk.geometry.l2_entries, disk.geometry.pages_per_cluster, disk.mapping.l1.entries
     most = (disk.log.ring.max_transaction - BASE_COST) // 2 // (4 * SECTOR_COST + REVOKE_COST)
     most = max(1, min(most, ZERO_CLUSTERS, ZERO_PAGES // per_cluster))
-    begun = first
     while first < end:
-        if first > begun:
+        table = first // per_table
+        if not l1[table] and not disk.has_backing(first):
+            # No backing file here is none behind here.
+            while (table + 1) * per_table < end and not l1[table + 1]:
+                table += 1
+            first = yield from _zero_unmapped(disk, first, min(end, (table + 1) * per_table))
+        else:
+            stop = min(end, (table + 1) * per_table, first + most)
+            yield from _zero_mapped(disk, first, stop, may_trim=may_trim)
+            first = stop
+        if first < end:
             # Nothing is held here: all others get their turn.
             yield PAUSE
-        table_end = min(end, (first // per_table + 1) * per_table)
-        if not disk.mapping.l1.entries[first // per_table] and not disk.has_backing(first):
-            yield from _zero_unmapped(disk, first, table_end)
-            first = table_end
-            continue
-        stop = min(table_end, first + most)
-        yield from _zero_mapped(disk, first, stop, may_trim=may_trim)
-        first = stop
 
 
-def _zero_unmapped(disk: Disk, first: int, end: int) -> Operation[None]:
-    """Clusters below an L1 entry that names no table, without a backing file: only pending pages are there."""
+def _zero_unmapped(disk: Disk, first: int, end: int) -> Operation[int]:
+    """Clusters below L1 entries that name no table, without a backing file: only pending pages are there.
+
+    Returns how far it came: not to the end where the checkpoint has made a table meanwhile.
+    """
     per = disk.geometry.pages_per_cluster
     cost = 64 * REVOKE_COST
     # What becomes pending from now on is written while this goes on: it may stay.
@@ -286,7 +290,7 @@ def _zero_unmapped(disk: Disk, first: int, end: int) -> Operation[None]:
         disk.log.check()
         # Order: looked at in the hold in which it is seen that nothing is there: what went home has a table.
         if disk.mapping.l1.entries[chosen // disk.geometry.l2_entries]:
-            break
+            return first
         if chosen not in disk.pending.clusters and chosen not in disk.excluded:
             continue
         yield from disk.log.take_credits(cost)
@@ -294,17 +298,14 @@ def _zero_unmapped(disk: Disk, first: int, end: int) -> Operation[None]:
         try:
             yield from disk.exclude(chosen, chosen + 1, held.excluded)
             if disk.mapping.l1.entries[chosen // disk.geometry.l2_entries]:
-                break
+                return first
             disk.drop_pages(chosen * per, (chosen + 1) * per)
             disk.touch(chosen)
             disk.log.running.holds = True
         finally:
             held.undo()
         first = chosen + 1
-    else:
-        return
-    # The checkpoint has made a table meanwhile: the rest goes the ordinary way.
-    yield from _zero_clusters(disk, first, end, may_trim=True)
+    return end
 
 
 def _zero_mapped(disk: Disk, first: int, end: int, *, may_trim: bool) -> Operation[None]:

@@ -71,7 +71,8 @@ def _parse_path(text: str) -> str:
         raise ValueError("a path")
     if "\0" in text:
         raise ValueError("a path without zero bytes")
-    return os.path.abspath(text)
+    # nbdkit hands text over as UTF-8, whatever the locale; in C, Python's names of files are ASCII.
+    return os.path.abspath(os.fsdecode(text.encode(errors="surrogateescape")))
 
 
 def parse_address(text: str) -> tuple[str, int]:

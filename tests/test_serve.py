@@ -521,6 +521,18 @@ def test_an_image_that_the_plugin_refuses_is_never_said_to_be_served(
         assert "journal" in done.stderr
 
 
+def test_the_locale_does_not_matter_for_a_name(image: Path, short_path: Path) -> None:
+    other = short_path / "ö 日本.qcow2"
+    image.rename(other)
+    env = {"PATH": os.environ["PATH"], "LC_ALL": "C"}
+    for words in (
+        ("nbdkit", "-f", "-U", short_path / "s", "--run", SIZE, "python", PLUGIN, f"file={other}"),
+        (PROGRAM, "serve", other, "--socket", short_path / "ö", "--", "--run", SIZE),
+    ):
+        assert run(*words, env=env).stdout.splitlines()[-1] == str(64 << 20)
+        assert not is_attached(other)
+
+
 def test_a_host_that_cannot_be_one_is_one_line(image: Path, short_path: Path) -> None:
     said = refused(PROGRAM, "serve", image, "--port", free_port(), "--address", "127..0.1")
     assert said == "nbd-qcow2j: option port: 127..0.1 is neither an address nor a host's name"
