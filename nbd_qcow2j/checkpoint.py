@@ -152,6 +152,8 @@ def round_(
                     disk.pending.postpone(each.cluster)
             yield from _write_home(disk, [], home)
         if left is not None and not going and not passable:
+            # Order: what this round took and did not need is no reason to call the ring tight.
+            held.spend(held.cost)
             if not tight and is_tight(disk):
                 # Whoever began to wait meanwhile is told only when the round for that has failed as well.
                 return True

@@ -86,6 +86,8 @@ class Disk:
         self.excluded: set[int] = set()
         self.unreadable: set[int] = set()
         """Pending clusters that could not go home for what cannot be read; some may have gone since."""
+        self.lap_end = 0
+        """Position in the ring from which on their pages are recorded again already (record_again.py)."""
         self.exclusion_gate = Gate("cluster exclusion")
         self.merging: dict[int, list[list[bool]]] = {}
         """Guest cluster -> flags of read-modify-writes in flight; set when what they read may be old."""

@@ -8,19 +8,24 @@ its commit supersedes the old records.
     Crash before the commit: the old records are in the ring still, for the tail has not moved.
     Crash after it: the same page is recorded twice; replay takes the newer, which is the same.
 
-The pages of such clusters are packed into one transaction, wherever they are recorded. Only where that leaves room
-once the tail has been round the ring is it done at all: else the ring would be written round and round for nothing,
-and whoever waits is told instead.
+The pages of such clusters are packed, many of them in one transaction, wherever they are recorded. Only where that
+leaves room once the tail has been round the ring is it done at all: else the ring would be written round and round for
+nothing, and whoever waits is told instead.
 """
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from .steps import Operation, Wait
 
 if TYPE_CHECKING:
     from .disk import Disk
+    from .pending import Page
+
+MOST_TRANSACTIONS = 1024
+"""That are looked at in one hold."""
 
 
 def record_again(disk: Disk) -> Operation[bool]:
@@ -32,15 +37,7 @@ def record_again(disk: Disk) -> Operation[bool]:
         # What it holds may supersede the tail's records. Or a page of them may be in it, and be gone from pending.
         yield Wait(log.commit_gate)
         return True
-    tail = ring.transactions[0]
-    recorded = {index: page for index in tail.pages if (page := log.records.get(index)) is not None}
-    # Of the tail all that keeps it; what was replaced or went home since is in what is running.
-    again = {at: page for at, page in recorded.items() if page.record is tail and disk.pending.get(at) is page}
-    for cluster in disk.unreadable:
-        pages = {at: page for at, page in disk.pending.clusters[cluster].items() if log.records.get(at) is page}
-        if len(again.keys() | pages.keys()) * disk.page_cost > ring.max_transaction // 2:
-            break
-        again.update(pages)
+    again = _oldest_records(disk)
     # The reserve is for this: one transaction of the largest size beyond what is running.
     if ring.used + log.running.size + ring.outstanding + len(again) * disk.page_cost > ring.length:
         return False
@@ -53,6 +50,29 @@ def record_again(disk: Disk) -> Operation[bool]:
         return False
     yield from log.commit()
     return True
+
+
+def _oldest_records(disk: Disk) -> dict[int, Page]:
+    """All pages that keep the tail; and, the oldest records first, what else cannot be read, up to half a transaction.
+
+    Each once while the tail goes round: else it would take more room than it frees.
+    """
+    log, ring = disk.log, disk.log.ring
+    if ring.tail >= disk.lap_end:
+        disk.lap_end = ring.head
+    per, most = disk.geometry.pages_per_cluster, ring.max_transaction // 2 // disk.page_cost
+    found: dict[int, Page] = {}
+    for number, transaction in enumerate(islice(ring.transactions, MOST_TRANSACTIONS)):
+        if number and (len(found) >= most or transaction.start >= disk.lap_end):
+            break
+        for index in transaction.pages:
+            page = log.records.get(index)
+            # What was replaced or went home since is in what is running.
+            if page is None or page.record is not transaction or disk.pending.get(index) is not page:
+                continue
+            if not number or (index // per in disk.unreadable and len(found) < most):
+                found[index] = page
+    return found
 
 
 def _helps(disk: Disk) -> bool:
