@@ -38,6 +38,12 @@ def record_again(disk: Disk) -> Operation[bool]:
         yield Wait(log.commit_gate)
         return True
     again = _oldest_records(disk)
+    if log.running.pages and len(log.running.pages) + len(again) > ring.most_linked:
+        # The reserve holds the links of as many pages as an ordinary transaction has: no tail may have more.
+        if not log.may_commit():
+            return False
+        yield from log.commit()
+        return True
     # The reserve is for this: one transaction of the largest size beyond what is running.
     if ring.used + log.running.size + ring.outstanding + len(again) * disk.page_cost > ring.length:
         return False

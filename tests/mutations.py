@@ -376,7 +376,7 @@ def last_used(""",
     Mutation(
         "the reserve does not grow with what is pending", "a full ring drains", "journal/ring.py",
         "        return self._fixed_reserve + linked * self.home_cost + clusters * self._growth\n",
-        "        return min(self._fixed_reserve + self._most_linked * self.home_cost, self.length * 3 // 4)\n",
+        "        return min(self._fixed_reserve + self.most_linked * self.home_cost, self.length * 3 // 4)\n",
         "test_small_clusters.py",
     ),
     Mutation(

@@ -516,13 +516,15 @@ def test_who_waits_for_a_tail_that_cannot_be_read_is_told_why() -> None:
     cut(stage)
 
 
-def around(stage: Stage, laps: int, write: Callable[[int], Operation[None]]) -> None:
-    """Write and flush until the ring was written so often, with the rounds that the writer would make."""
+def around(stage: Stage, laps: int, write: Callable[[int], Operation[None]], *, a_flush: int = 1) -> None:
+    """Write, a flush after so many, until the ring was written so often, with the rounds that the writer would make."""
     ring, number = stage.disk.log.ring, 0
     end = ring.head + laps * ring.length
     while ring.head < end:
-        stage.do(write(number), stage.flush())
+        stage.do(write(number))
         number += 1
+        if number % a_flush == 0:
+            stage.do(stage.flush())
         for left in range(300, 0, -1):
             assert left > 1, "the writer would go on for ever"
             tight = checkpoint.is_tight(stage.disk)
@@ -532,6 +534,8 @@ def around(stage: Stage, laps: int, write: Callable[[int], Operation[None]]) -> 
                 break
             run_simply(checkpoint.settle(stage.disk))
             stage.watch.check()
+        # What the reserve is for: the links of one transaction's pages.
+        assert all(len(each.pages) <= ring.most_linked for each in ring.transactions)
 
 
 @pytest.mark.parametrize("stuck", [1, 3])
@@ -557,7 +561,31 @@ def test_a_page_over_what_cannot_be_read_does_not_stop_the_tail_for_ever(stuck: 
     cut(stage)
 
 
-def test_pages_that_cannot_go_home_are_packed_where_each_had_a_transaction_of_its_own() -> None:
+def test_no_transaction_holds_more_than_the_reserve_can_send_home() -> None:
+    # The tail has as many pages as one may have, and so has what is running: not both in one.
+    # Breakage: record_again.py: + len(again) > ring.most_linked -> + len(again) < 0
+    stage = Stage(replace(WIDE, journal=1 << 18))
+    beneath = stage.engine.backing.storage.disk  # type: ignore[union-attr]
+    beneath.fail("read", 1, times=0)
+    ring, number = stage.disk.log.ring, 0
+    stage.do(pending(stage, 0, 8), pending(stage, 16, 8), stage.flush())
+    assert len(ring.transactions[0].pages) == ring.most_linked == 2
+    while True:
+        stage.do(pending(stage, 32 + number % 6 * 16, 16))
+        if checkpoint.is_tight(stage.disk):
+            break
+        stage.do(stage.flush())
+        number += 1
+    assert len(stage.disk.log.running.pages) == 2
+    while checkpoint.is_tight(stage.disk):
+        assert run_simply(stage.round(tight=True, again=True))
+        assert all(len(each.pages) <= ring.most_linked for each in ring.transactions)
+    beneath.mend()
+    cut(stage)
+
+
+@pytest.mark.parametrize("a_flush", [1, 6])
+def test_pages_that_cannot_go_home_are_packed_where_each_had_a_transaction_of_its_own(a_flush: int) -> None:
     # 110 of them fill a ring of 1 MiB, 8 KiB each; packed they take half of it, and two laps of other writes go on.
     # Breakage: record_again.py: if number and (len(found) -> if number or (len(found)
     # Breakage: record_again.py: transaction.start >= disk.lap_end -> False
@@ -569,7 +597,7 @@ def test_pages_that_cannot_go_home_are_packed_where_each_had_a_transaction_of_it
         stage.do(pending(stage, stuck * 16, 8), stage.flush())
         stuck += 1
     assert 90 < stuck < 120
-    around(stage, 2, lambda number: pending(stage, (120 + number % 8) * 16, 16))
+    around(stage, 2, lambda number: pending(stage, (120 + number % 8) * 16, 16), a_flush=a_flush)
     assert stage.disk.log.failed is None and stage.disk.pending.clusters.keys() >= set(range(stuck))
     kept = [each for each in ring.transactions if each.live]
     assert len(kept) < stuck // 2

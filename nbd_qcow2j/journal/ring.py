@@ -57,9 +57,9 @@ class Ring:
         slack = 8 * SECTOR_COST
         """What growing the pool notes without credits."""
         self._fixed_reserve = self.max_transaction + BASE_COST + slack
-        self._most_linked = max(1, (self.max_transaction - BASE_COST) // page_cost)
+        self.most_linked = max(1, (self.max_transaction - BASE_COST) // page_cost)
         """Clusters that one transaction's pages may be of."""
-        self._growth = _growth(self.page_size, self._most_linked)
+        self._growth = _growth(self.page_size, self.most_linked)
         self.waiting: Sized = ()
         """The clusters that are pending; the pending table's own."""
         self.coming = 0
@@ -77,7 +77,7 @@ class Ring:
 
     def reserve_for(self, clusters: int) -> int:
         """What must be free where so many clusters are pending."""
-        linked = clusters if clusters < self._most_linked else self._most_linked
+        linked = clusters if clusters < self.most_linked else self.most_linked
         return self._fixed_reserve + linked * self.home_cost + clusters * self._growth
 
     @property
