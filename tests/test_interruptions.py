@@ -78,7 +78,8 @@ def test_a_signal_while_the_journal_is_attached_leaves_a_plain_image(
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
     path, (call, nth) = short_path / "s", at
-    words: list[object] = ["strace", "-f", "-o", short_path / "trace", "-e", f"trace={call}"]
+    # What a shell starts in the background has SIGINT ignored, and so would all that these tests start.
+    words: list[object] = ["env", "--default-signal", "strace", "-f", "-o", short_path / "trace", "-e", f"trace={call}"]
     words += ["-e", f"inject={call}:signal={how}:when={nth}"]
     words += [PROGRAM, "serve", image, "--socket", path, "--journal-size", "4M"]
     with subprocess.Popen([str(word) for word in words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
