@@ -17,7 +17,8 @@
 
 The ring is *tight* when nothing but freeing its tail may go on. Then a round takes all clusters of the tail
 transaction and nothing else, needs no credits (the reserve is for it), and its commit is not waited for by
-anything that it needs itself. A full ring always drains.
+anything that it needs itself. What keeps the tail and cannot be read is recorded again (record_again.py). So a full
+ring always drains, unless most of it cannot go home.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def test_nobody_pauses_for_each_cluster_where_it_fills_up(what: str) -> None:
 
 
 def test_a_long_trim_lets_others_have_their_turn() -> None:
-    # Breakage: changes.py: if first > begun: -> if False:
+    # Breakage: changes.py: if first < end:\n            # Nothing is held -> if False: (the same)
     stage = Stage(Shape("cluster_size=4096", 2 << 20, journal=8 << 20))
     assert pauses(stage, stage.trim(0, 4096)) == 0, "nothing is there"
     stage.do(stage.write(0, 4096))

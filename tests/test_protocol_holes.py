@@ -481,17 +481,23 @@ def test_a_cluster_whose_backing_file_cannot_be_read_stays_pending_and_others_go
     cut(stage)
 
 
-def test_who_waits_for_a_tail_that_cannot_be_read_is_told_why() -> None:
-    # The ring is full of pages whose clusters need what cannot be read. A write waits, and then is refused; when the
-    # backing file is back, it is taken.
-    # Breakage: checkpoint.py: log.starve(left) -> pass
+def full_of_what_cannot_be_read() -> tuple[Stage, SimDisk]:
+    """A tight ring of halves of clusters, and the backing file, which fails: nothing can go home."""
     stage = Stage(WIDE)
-    beneath = stage.engine.backing.storage.disk  # type: ignore[union-attr]
+    beneath: SimDisk = stage.engine.backing.storage.disk  # type: ignore[union-attr]
     number = 0
     while not checkpoint.is_tight(stage.disk):
         stage.do(pending(stage, number % 8 * 16, 8), stage.flush())
         number += 1
     beneath.fail("read", 1, times=0)
+    return stage, beneath
+
+
+def test_who_waits_for_a_tail_that_cannot_be_read_is_told_why() -> None:
+    # The ring is full of pages whose clusters need what cannot be read. A write waits, and then is refused; when the
+    # backing file is back, it is taken.
+    # Breakage: checkpoint.py: log.starve(left) -> pass
+    stage, beneath = full_of_what_cannot_be_read()
     waiter: Task | None = None
     stepper = Stepper(whole_steps=True)
     for number in range(8):
@@ -589,6 +595,7 @@ def test_pages_that_cannot_go_home_are_packed_where_each_had_a_transaction_of_it
     # 110 of them fill a ring of 1 MiB, 8 KiB each; packed they take half of it, and two laps of other writes go on.
     # Breakage: record_again.py: if number and (len(found) -> if number or (len(found)
     # Breakage: record_again.py: transaction.start >= disk.lap_end -> False
+    # Breakage: checkpoint.py: held.spend(held.cost) -> pass
     stage = Stage(replace(WIDE, size=1 << 20, journal=1 << 20))
     beneath = stage.engine.backing.storage.disk  # type: ignore[union-attr]
     beneath.fail("read", 1, times=0)
@@ -635,13 +642,7 @@ def test_pages_that_fill_the_ring_are_not_recorded_again_for_nothing() -> None:
     # All of them are over what cannot be read: round and round would free nothing. Who waits is told, and no write
     # was made for that.
     # Breakage: record_again.py: or not _helps(disk) -> (away)
-    stage = Stage(WIDE)
-    beneath = stage.engine.backing.storage.disk  # type: ignore[union-attr]
-    number = 0
-    while not checkpoint.is_tight(stage.disk):
-        stage.do(pending(stage, number % 8 * 16, 8), stage.flush())
-        number += 1
-    beneath.fail("read", 1, times=0)
+    stage, beneath = full_of_what_cannot_be_read()
     for _ in range(100):
         if not run_simply(stage.round(tight=True, again=True)):
             break

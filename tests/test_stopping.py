@@ -5,6 +5,7 @@ nbdkit on its own waits for its clients: these tests fail by timeout without lif
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -243,3 +244,19 @@ def test_the_server_ends_when_nbdkit_wants_it_without_a_signal(image: Path, shor
     assert not answers(path)
     assert_plain(image)
     assert "Pattern verification failed" not in run("qemu-io", "-r", "-c", "read -P 7 0 64k", image).stdout
+
+
+def test_a_socket_file_that_may_not_be_removed_is_no_reason_not_to_go_on(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As with nbdkit's --user, in a directory that is not that user's.
+    def refuse(path: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(short_path / "s"))
+        found = lifecycle.SocketFile(str(short_path / "s"))
+        monkeypatch.setattr(os, "unlink", refuse)
+        found.remove()
+        monkeypatch.undo()
+    assert (short_path / "s").is_socket()
