@@ -1,13 +1,17 @@
-"""Which CPUs the threads that answer requests may use: one for all of them under load, any while there is none.
+"""Which CPUs the threads that answer requests may use: one for all of them, or any.
 
 Threads that share the interpreter lock gain nothing from a second core, and lose by the lock's travels between two
-when requests queue. A client that waits for each answer queues nothing: then the scheduler does well to run the
-thread on the client's own core, awake and warm. 4 KiB requests a second on two cores, on one CPU against on any:
-reads at depth 16 107,000 against 89,000, four clients at depth 4 102,000 against 59,000, cold reads 43,000 against
-29,000; reads at depth 1 20,000 against 28,000, sequential writes at depth 1 16,000 against 21,000.
+when requests queue: then all of them are gathered on one. 4 KiB requests a second on two cores, on one CPU against on
+any: reads at depth 16 107,000 against 89,000, four clients at depth 4 102,000 against 59,000, cold reads 43,000 against
+29,000.
 
-What tells them apart is the time from the end of a callback to the start of the next: a client's way round takes 25
-us or more, from a queue comes the next request in 5.
+A client that waits for each answer queues nothing, and what is better then depends on what it costs to wake another
+CPU: on one machine reads at depth 1 20,000 against 28,000 and sequential writes 16,000 against 21,000, on another,
+whose processors are virtual as well, 16,000 against 11,700 and 10,600 against 9,300. So both are tried, in turns, and
+what one request takes from its start to the next one's decides.
+
+What tells the two loads apart is the time from the end of a callback to the start of the next: a client's way round
+takes 25 us or more, from a queue comes the next request in 5.
 
 Only threads whose state is kept are known here (thread_state.py): where none is, the answering threads wander.
 """
@@ -21,14 +25,18 @@ from collections.abc import Iterable
 from contextlib import suppress
 from time import perf_counter_ns
 
+from .comparison import Comparison
 from .counters import OperationCounters
 from .thread_state import kept
 
 # How long a thread may compute before another gets the interpreter lock. Flushes a second at depth 1, which meet the
 # checkpoint: 3,890 with 0.5 ms, 4,060 with 0.1 ms; Python's own 5 ms would be a flush's worst case.
 SWITCH_INTERVAL_SECONDS = 0.0001
-LOOK_NS = 50_000_000
-"""Time between two looks, at least: a change costs a system call for each thread."""
+LOOK_NS = 100_000_000
+"""Time between two looks, at least: a change costs a system call for each thread, and a turn of the comparison should
+see as much of a checkpoint's round as the next."""
+IDLE_LOOKS = 5
+"""As many times that, without MANY requests, say nothing of what a request costs."""
 QUEUED_NS, ALONE_NS = 10_000, 16_000
 """Mean time between two callbacks below which requests queue, and above which they do not."""
 
@@ -45,6 +53,9 @@ class Cpus:
         self._background = threading.local()
         self.gathered = False
         """Whether the threads that answer requests are on one CPU now."""
+        self._queued = False
+        """Whether requests queued at the last look."""
+        self._comparison = Comparison()
         self._seen = (perf_counter_ns(), 0, 0)
         sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
         if cpu == "any" or len(self._allowed) < 2:
@@ -85,15 +96,28 @@ class Cpus:
                 return
             busy = sum(each.sum_ns for each in self._operations)
             count = sum(each.requests for each in self._operations)
-            between = (elapsed - (busy - self._seen[1])) // max(1, count - self._seen[2])
+            requests = max(1, count - self._seen[2])
+            between = (elapsed - (busy - self._seen[1])) // requests
             self._seen = (now, busy, count)
-            gather = between < (ALONE_NS if self.gathered else QUEUED_NS)
+            queued = between < (ALONE_NS if self._queued else QUEUED_NS)
+            if queued != self._queued:
+                self._queued = queued
+                self._comparison.abandon()
+            gather = queued or self._try(elapsed, requests)
             if gather != self.gathered:
                 self.gathered = gather
                 # Order: a thread that joins meanwhile is in `kept` already, or sees `gathered`.
                 self._place(list(kept.values()), self._shared if gather else self._allowed)
         finally:
             self._looking.release()
+
+    def _try(self, elapsed: int, requests: int) -> bool:
+        """Whether to gather threads of which one works at a time: as the last so many nanoseconds were, or not."""
+        if elapsed > IDLE_LOOKS * LOOK_NS:
+            # Most of it the clients had other things to do.
+            self._comparison.abandon()
+            return self._comparison.better
+        return self._comparison.next(elapsed / requests)
 
     @staticmethod
     def _place(threads: Iterable[int], cpus: set[int]) -> None:

@@ -1,4 +1,4 @@
-"""cpus.py: threads share a CPU while requests queue, and only then."""
+"""cpus.py: threads share a CPU while requests queue, and where that is found to be better."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nbd_qcow2j import cpus, thread_state
+from nbd_qcow2j.comparison import Comparison
 from nbd_qcow2j.counters import MANY, OperationCounters
 from nbd_qcow2j.cpus import ALONE_NS, LOOK_NS, QUEUED_NS, Cpus
 
@@ -18,12 +19,22 @@ THREADS = {1001: 1, 1002: 2}
 
 
 class Machine:
-    """Four CPUs, a clock, and where each thread was put."""
+    """Four CPUs, a clock, where each thread was put, and a comparison that is told what it finds."""
 
     def __init__(self) -> None:
         self.now = 0
         self.placed: dict[int, set[int]] = {}
         self.calls = 0
+        self.better = False
+        self.costs: list[float] = []
+        self.abandoned = 0
+
+    def next(self, cost: float) -> bool:
+        self.costs.append(cost)
+        return self.better
+
+    def abandon(self) -> None:
+        self.abandoned += 1
 
     def setaffinity(self, thread: int, allowed: set[int]) -> None:
         self.calls += 1
@@ -41,6 +52,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     monkeypatch.setattr(os, "getpid", lambda: 0)
     monkeypatch.setattr(cpus.sys, "setswitchinterval", lambda _: None)
     monkeypatch.setattr(cpus, "_quiet", lambda allowed: 2)
+    monkeypatch.setattr(cpus, "Comparison", lambda: it)
     monkeypatch.setattr(thread_state, "kept", THREADS)
     monkeypatch.setattr(cpus, "kept", THREADS)
     return it
@@ -82,6 +94,42 @@ def test_a_long_flush_of_one_client_is_no_queue(machine: Machine) -> None:
     it = Cpus("auto", [flushes])
     load(machine, flushes, busy=200_000, between=25_000, looks=3)
     assert not it.gathered
+
+
+def test_where_nothing_queues_a_comparison_decides_of_the_time_from_one_request_to_the_next(machine: Machine) -> None:
+    flushes = OperationCounters()
+    it = Cpus("auto", [flushes])
+    machine.better = True
+    load(machine, flushes, busy=200_000, between=25_000)
+    assert machine.costs == [225_000] and it.gathered and machine.placed == {1: {2}}
+    # Gathered, the same client's way round may be as short as a queue's is at most: it is no queue for that.
+    load(machine, flushes, busy=5_000, between=(QUEUED_NS + ALONE_NS) // 2)
+    assert machine.costs == [225_000, 5_000 + (QUEUED_NS + ALONE_NS) // 2]
+    machine.better = False
+    load(machine, flushes, busy=200_000, between=25_000)
+    assert len(machine.costs) == 3 and not it.gathered and machine.placed == {1: ALL}
+
+
+def test_a_comparison_sees_neither_a_queue_nor_an_idle_client(machine: Machine) -> None:
+    reads = OperationCounters()
+    it = Cpus("auto", [reads])
+    load(machine, reads, busy=5_000, between=30_000)
+    assert len(machine.costs) == 1
+    load(machine, reads, busy=5_000, between=0, looks=3)
+    assert it.gathered and len(machine.costs) == 1 and machine.abandoned == 1
+    load(machine, reads, busy=5_000, between=30_000)
+    assert len(machine.costs) == 2 and machine.abandoned == 2
+    load(machine, reads, busy=5_000, between=6 * LOOK_NS // MANY)
+    assert not it.gathered and len(machine.costs) == 2 and machine.abandoned == 3
+
+
+def test_the_cheaper_placing_is_found(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpus, "Comparison", Comparison)
+    reads = OperationCounters()
+    it = Cpus("auto", [reads])
+    for _ in range(20):
+        load(machine, reads, busy=15_000, between=35_000 if it.gathered else 65_000)
+    assert it.gathered and machine.placed == {1: {2}}
 
 
 def test_a_thread_that_joins_is_put_where_the_others_are(machine: Machine) -> None:

@@ -1,0 +1,92 @@
+"""comparison.py: the cheaper way is found while the work goes on, and little of it goes the other way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbd_qcow2j.comparison import LONGEST_REST, REST, Comparison
+
+TURNS = 8
+"""Of one comparison at most."""
+
+
+def go(it: Comparison, turns: int, cost: Callable[[int, bool], float], way: bool = False) -> list[bool]:
+    """The way of each turn, the first of which goes `way`."""
+    ways = []
+    for turn in range(turns):
+        ways.append(way)
+        way = it.next(cost(turn, way))
+    return ways
+
+
+def test_a_way_that_is_clearly_cheaper_is_found_in_four_turns() -> None:
+    it = Comparison()
+    ways = go(it, 40, lambda turn, way: 60 if way else 100)
+    # The first turn has the start in it.
+    assert ways[:5] == [False, False, True, True, False] and all(ways[5:])
+
+
+def test_a_way_that_is_clearly_dearer_is_gone_twice_and_then_left_alone_for_long() -> None:
+    it = Comparison()
+    ways = go(it, 5 + 2 * REST, lambda turn, way: 140 if way else 100)
+    assert [turn for turn, way in enumerate(ways) if way] == [2, 3]
+    assert not it.better
+
+
+def test_a_little_is_enough_where_it_shows_in_more_turns() -> None:
+    noise = [0, 7, -2, 9, -6, 1, 3, -9, 5, -1]
+    it = Comparison()
+    go(it, 1 + TURNS, lambda turn, way: (93 if way else 100) + noise[turn % len(noise)] / 4)
+    assert it.better
+
+
+def test_ways_that_cost_the_same_are_asked_for_less_and_less_often() -> None:
+    it = Comparison()
+    ways = go(it, 40 * REST, lambda turn, way: 100)
+    starts = [turn for turn, way in enumerate(ways) if way and not any(ways[max(0, turn - TURNS) : turn])]
+    gaps = [b - a for a, b in pairwise(starts)]
+    assert not it.better
+    assert gaps == sorted(gaps) and gaps[-1] <= LONGEST_REST + TURNS and len(starts) < 10
+
+
+def test_what_has_become_cheaper_is_found_by_and_by() -> None:
+    it = Comparison()
+    go(it, 5 + 2 * REST, lambda turn, way: 140 if way else 100)
+    go(it, 10 * REST, lambda turn, way: 60 if way else 100)
+    assert it.better
+
+
+def test_one_turn_that_was_disturbed_decides_nothing() -> None:
+    for disturbed in range(1 + TURNS):
+        it = Comparison()
+        go(it, 1 + TURNS, lambda turn, way, at=disturbed: 10_000 if turn == at else 100)  # type: ignore[misc]
+        assert not it.better, disturbed
+
+
+@pytest.mark.parametrize("turns", range(1, TURNS + 1))
+def test_what_was_measured_before_the_load_changed_is_not_used(turns: int) -> None:
+    # Until then the other way costs more, and from then on less: compared with each other they would mislead.
+    it = Comparison()
+    way = go(it, turns, lambda turn, way: 1)[-1]
+    it.abandon()
+    ways = go(it, 2 + TURNS, lambda turn, way: 60 if way else 100, way=way)
+    assert it.better and ways[-1]
+
+
+@given(st.lists(st.integers(1, 1000), min_size=400, max_size=400))
+def test_whatever_turns_cost_most_go_the_way_in_use(costs: list[int]) -> None:
+    it = Comparison()
+    way, strayed, changes = False, 0, 0
+    for cost in costs:
+        before = it.better
+        way = it.next(cost)
+        strayed += way is not it.better
+        changes += before is not it.better
+    comparisons = len(costs) // (REST + TURNS // 2) + 1
+    assert strayed <= comparisons * TURNS // 2
+    assert changes <= comparisons
