@@ -13,7 +13,7 @@ _TURNS = (False, True, True, False, True, False, False, True)
 """Whether a turn goes the other way than the one in use."""
 _CLEARLY, _AHEAD = 0.95, 0.97
 """How much less each turn of one way must cost than each of the other to end it early; and the median at the end."""
-REST, LONGEST_REST = 100, 1600
+REST, LONGEST_REST = 100, 400
 """Turns between two comparisons: at first, and after many that changed nothing."""
 
 

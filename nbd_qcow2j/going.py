@@ -49,8 +49,10 @@ def prepare_simply(disk: Disk, held: Prepared, cluster: int) -> Going | None:
     table, entry = disk.find_own(cluster)
     if table is None or table.host_offset >> disk.geometry.cluster_bits not in disk.allocator.overlaps.counted:
         return None
-    if any(page.data == disk.pending.zero_page for page in pages.values()):
-        return None
+    zero_page = disk.pending.zero_page
+    for page in pages.values():
+        if page.data == zero_page:
+            return None
     allocator, bits = disk.allocator, disk.geometry.cluster_bits
     fresh = not entry
     if fresh:

@@ -223,7 +223,7 @@ class Options:
     cpu: int | str = _option(
         "auto",
         _Kind("auto|any|N", _parse_cpu, str),
-        "the CPU that answers requests: auto is one while they queue and any while they do not; any is never one",
+        "the CPU that answers requests: auto is one while they queue or where that is found faster; any is never one",
     )
     remove_socket: str | None = _option(
         None,

@@ -11,6 +11,7 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from random import Random
 
@@ -54,9 +55,7 @@ class Pattern:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.storage = SimStorage(
-            SimDisk.of([(at, fill(-at // SECTOR - 1)) for at in range(0, size, SECTOR)], size), "pattern"
-        )
+        self.storage = SimStorage(_pattern(size).copy(), "pattern")
 
     def read_into(self, view: memoryview, offset: int) -> Operation[None]:
         yield ReadInto(self.storage, offset, view)
@@ -69,6 +68,12 @@ class Pattern:
         self.storage.close()
 
 
+@cache
+def _pattern(size: int) -> SimDisk:
+    return SimDisk.of([(at, fill(-at // SECTOR - 1)) for at in range(0, size, SECTOR)], size)
+
+
+@lru_cache(maxsize=1 << 14)
 def fill(number: int) -> bytes:
     """The content that write `number` puts into every sector; 0 is zeros."""
     return bytes(SECTOR) if number == 0 else struct.pack(">q", number) * (SECTOR // 8)
@@ -106,8 +111,13 @@ class Oracle:
 
     def allowed(self, sector: int, covered: int, upto: int = FOREVER) -> set[int]:
         """Versions that may be seen by whoever knows that all writes returned by `covered` are durable."""
-        newest = max((begun for _, begun, ended in self.writes[sector] if ended <= covered), default=-1)
-        return {number for number, begun, ended in self.writes[sector] if ended >= newest and begun <= upto}
+        writes = self.writes[sector]
+        if len(writes) == 1:
+            # Most sectors: the one that has been there from the start, for nothing is newer.
+            [[number, begun, _]] = writes
+            return {number} if begun <= upto else set()
+        newest = max((begun for _, begun, ended in writes if ended <= covered), default=-1)
+        return {number for number, begun, ended in writes if ended >= newest and begun <= upto}
 
     def forget(self, contents: list[int]) -> None:
         """These are the contents now: all that went before is over."""

@@ -95,14 +95,18 @@ class CachedFile:
 
     def put(self, changes: Iterable[tuple[int, bytes]]) -> None:
         """Durable content, at once."""
+        durable, digest = self.durable, self._digest
         for sector, content in changes:
-            if self._digest is not None:
-                old = sector_hash(sector, self.durable.get(sector, ZERO))
-                self._digest = (self._digest + sector_hash(sector, content) - old) & DIGEST_MASK
+            old = durable.get(sector, ZERO)
+            if content == old:
+                continue
+            if digest is not None:
+                digest += sector_hash(sector, content) - sector_hash(sector, old)
             if content == ZERO:
-                self.durable.pop(sector, None)
+                del durable[sector]
             else:
-                self.durable[sector] = content
+                durable[sector] = content
+        self._digest = None if digest is None else digest & DIGEST_MASK
 
     # -- what an operation does to the page cache ------------------------------------------------------
 

@@ -51,7 +51,7 @@ def test_ways_that_cost_the_same_are_asked_for_less_and_less_often() -> None:
     starts = [turn for turn, way in enumerate(ways) if way and not any(ways[max(0, turn - TURNS) : turn])]
     gaps = [b - a for a, b in pairwise(starts)]
     assert not it.better
-    assert gaps == sorted(gaps) and gaps[-1] <= LONGEST_REST + TURNS and len(starts) < 10
+    assert gaps == sorted(gaps) and gaps[-1] <= LONGEST_REST + TURNS and len(starts) < 13
 
 
 def test_what_has_become_cheaper_is_found_by_and_by() -> None:

@@ -114,11 +114,13 @@ class Overlaps:
     def _fixed(self, cluster: int) -> str:
         if cluster == 0:
             return "the header"
-        for what, (low, high) in (
-            ("the journal", self.ring), ("the active L1 table", self.l1), ("the refcount table", self.reftable),
-        ):  # fmt: skip
-            if low <= cluster < high:
-                return what
+        # Asked of every cluster that is looked at: no loop, which would make its list each time.
+        if self.ring[0] <= cluster < self.ring[1]:
+            return "the journal"
+        if self.l1[0] <= cluster < self.l1[1]:
+            return "the active L1 table"
+        if self.reftable[0] <= cluster < self.reftable[1]:
+            return "the refcount table"
         return ""
 
     def what(self, cluster: int) -> str:

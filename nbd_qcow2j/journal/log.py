@@ -17,8 +17,7 @@ those that come while it runs share the next).
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..errors import DeviceFailed, Error, RequestError
@@ -33,6 +32,22 @@ if TYPE_CHECKING:
     from ..image.tables import Table
     from ..pending import Page
     from ..storage import Storage
+
+
+class _Whole:
+    """What `Log.whole_or_latched` returns. No generator: it is entered for each cluster that goes home."""
+
+    __slots__ = ("log", "what")
+
+    def __init__(self, log: Log, what: str) -> None:
+        self.log, self.what = log, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: object) -> None:
+        if error is not None and not isinstance(error, DeviceFailed):
+            raise self.log.latch(error, self.what) from error
 
 
 class Log:
@@ -83,18 +98,12 @@ class Log:
         if self.failed is not None:
             raise self.failed
 
-    @contextmanager
-    def whole_or_latched(self, what: str) -> Iterator[None]:
+    def whole_or_latched(self, what: str) -> _Whole:
         """Changes that belong together, in one hold: an exception half-way latches the device in that hold.
 
         Crash: nothing. But a commit on top of half a change would make it durable.
         """
-        try:
-            yield
-        except DeviceFailed:
-            raise
-        except BaseException as error:
-            raise self.latch(error, what) from error
+        return _Whole(self, what)
 
     # ---- credits
 
