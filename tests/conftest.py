@@ -28,6 +28,8 @@ PROGRAM = Path(sys.executable).with_name("nbd-qcow2j")
 PLUGIN = TOP / "plugin.py"
 START_SECONDS = 30.0
 STOP_SECONDS = 30.0
+SAID_ALL = "Ctrl-C ends it.\n"
+"""The last line that a server in the foreground prints when it serves."""
 
 
 _proved: Counter[str] = Counter()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PLUGIN, PROGRAM, Server, answers, free_port, is_attached, poll, run
+from conftest import PLUGIN, PROGRAM, SAID_ALL, Server, answers, free_port, is_attached, poll, run
 
 from nbd_qcow2j.options import OPTIONS
 
@@ -329,7 +329,7 @@ def test_nbdkit_that_cannot_listen_leaves_a_plain_image(image: Path, short_path:
 
 @pytest.fixture
 def serve_tcp(tmp_path: Path) -> Any:
-    """serve_tcp(IMAGE, port, *options): (process, log) of a server that listens on a TCP port."""
+    """serve_tcp(IMAGE, port, *options): (process, log) of a server that listens on a TCP port and has said so."""
     processes = []
 
     def start(image: Path, port: int, *options: str) -> tuple[subprocess.Popen[bytes], Path]:
@@ -338,7 +338,9 @@ def serve_tcp(tmp_path: Path) -> Any:
             words = [str(PROGRAM), "serve", str(image), "--port", str(port), *options]
             process = subprocess.Popen(words, stdout=out, stderr=out)
         processes.append(process)
-        poll(lambda: process.poll() is not None or _reaches("127.0.0.1", port), what="the server listens")
+        # What it prints comes a moment after the first that can connect; see announcement.py.
+        poll(lambda: process.poll() is not None or SAID_ALL in log.read_text(), what="the server says that it serves")
+        assert _reaches("127.0.0.1", port), log.read_text()
         return process, log
 
     yield start
@@ -500,7 +502,7 @@ def test_nothing_is_said_to_be_served_before_somebody_listens(image: Path, short
                 assert process.stdout.readline() == f"serving {image} at nbd+unix:///?socket={path}\n"
                 assert answers(path)
                 process.terminate()
-                assert process.stdout.read().endswith("Ctrl-C ends it.\n")
+                assert process.stdout.read().endswith(SAID_ALL)
             finally:
                 process.terminate()
         assert process.returncode == 0
