@@ -67,6 +67,10 @@ class ImageError(Error):
         self.what, self.where, self.expected, self.found = what, where, expected, found
 
 
+class NotQcow2(ImageError):
+    """The file is in another format, or in none."""
+
+
 class LockedError(ImageError):
     """Another process holds the image: ours, or qemu."""
 

@@ -20,10 +20,10 @@ def said(command: str, *words: object) -> str:
     return run(PROGRAM, command, *words).stdout
 
 
-def refused(command: str, *words: object, **options: Any) -> str:
+def refused(command: str, *words: object, code: int = 1, **options: Any) -> str:
     """The one line of a command that fails."""
     done = run(PROGRAM, command, *words, check=False, **options)
-    assert (done.returncode, done.stdout) == (1, ""), (done.stdout, done.stderr)
+    assert (done.returncode, done.stdout) == (code, ""), (done.stdout, done.stderr)
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("nbd-qcow2j: ")
     return done.stderr.removeprefix("nbd-qcow2j: ").rstrip("\n")
@@ -274,7 +274,8 @@ def test_what_cannot_be_looked_into_is_one_line(
     raw.write_bytes(bytes(1 << 16))
     missing = tmp_path / "missing"
     assert refused(command, missing).startswith(f"{missing}: No such file or directory")
-    assert refused(command, raw) == f"{raw} is not a qcow2 image, expected 514649fb, found 00000000"
+    code = 63 if command == "check" else 1
+    assert refused(command, raw, code=code) == f"{raw} is not a qcow2 image, expected 514649fb, found 00000000"
     assert "is a directory" in refused(command, tmp_path)
     serve(image)
     assert refused(command, image).startswith(f"{image} is in use: another nbd-qcow2j writes to it")

@@ -153,8 +153,9 @@ def test_leaks_are_kept_while_an_entry_is_impossible(images: dict[str, Path], tm
     bad = with_entry(data, sites.l2[0], entry_at(data, sites.l2[0]) ^ 1 << 50)
     path.write_bytes(bad)
     done = run(PROGRAM, "check", "--repair", "leaks", path, check=False)
-    assert done.returncode == 1
-    assert "leaks are not freed while entries are impossible" in done.stderr
+    # As of qemu-img, which finds it corrupt still; but the leak is not freed.
+    assert done.returncode == 2
+    assert "1 entries are impossible; leaks are kept" in done.stdout
     assert path.read_bytes() == bad
     assert not list(tmp_path.glob("*.before-repair-*"))
     done = run(PROGRAM, "check", "--repair", "all", path, check=False)

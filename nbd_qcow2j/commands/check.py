@@ -10,7 +10,7 @@ import shlex
 import sys
 from typing import Any
 
-from ..errors import ImageError
+from ..errors import ImageError, NotQcow2
 from ..format.header import (
     INCOMPAT_CORRUPT,
     INCOMPAT_DATA_FILE,
@@ -30,6 +30,9 @@ from ..steps import run_simply
 from ..storage import FileStorage
 from ._open import looked_into
 
+NOT_SUPPORTED = 63
+"""Exit code of `qemu-img check` for a format that it cannot check."""
+
 
 def add_parser(subparsers: Any) -> None:
     """Add `check` to the command line."""
@@ -37,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
         "check", help="compare refcounts with references",
         description="Check an image as `qemu-img check` does, an attached journal included. Changes nothing "
         "unless told to repair.",
-        epilog="Exit codes: 0 well, 1 could not be checked, 2 corrupt, 3 leaked clusters only.",
+        epilog="Exit codes: 0 well, 1 could not be checked, 2 corrupt, 3 leaked clusters only, 63 not a qcow2 image.",
     )  # fmt: skip
     parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("--json", action="store_true", help="as JSON, with the names of `qemu-img check --output=json`")
@@ -51,6 +54,14 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check; returns the exit code. Raises ImageError."""
+    try:
+        return _run(arguments)
+    except NotQcow2 as error:
+        print(f"nbd-qcow2j: {error}", file=sys.stderr)
+        return NOT_SUPPORTED
+
+
+def _run(arguments: argparse.Namespace) -> int:
     if arguments.repair:
         for line in _repair(arguments.image, everything=arguments.repair == "all"):
             if not arguments.quiet:

@@ -13,7 +13,7 @@ from typing import Final
 
 import construct as c
 
-from ..errors import ImageError, printable
+from ..errors import ImageError, NotQcow2, printable
 from ..geometry import Geometry
 from .tables import MAX_HOST_OFFSET
 
@@ -141,12 +141,12 @@ def parse_header(data: bytes, *, file_size: int, name: str) -> Header:
     """
     where = f"header of {name}"
     if file_size < FIXED_LENGTH or len(data) < FIXED_LENGTH:
-        raise ImageError(
+        raise NotQcow2(
             f"{name} is shorter than a qcow2 header", expected=f"at least {FIXED_LENGTH} bytes",
             found=min(file_size, len(data)),
         )  # fmt: skip
     if data[:4] != MAGIC:
-        raise ImageError(f"{name} is not a qcow2 image", expected=MAGIC.hex(), found=bytes(data[:4]).hex())
+        raise NotQcow2(f"{name} is not a qcow2 image", expected=MAGIC.hex(), found=bytes(data[:4]).hex())
     fixed = FIXED.parse(bytes(data[: FIXED_LENGTH]))
     if fixed.version not in (2, 3):
         raise ImageError("qcow2 version is not supported", where=where, expected="2 or 3", found=fixed.version)

@@ -47,20 +47,18 @@ class Repair:
 
 
 def plan_repair(header: Header, read: Reader, *, file_size: int, name: str, everything: bool) -> Repair:
-    """How to mend a plain image. Raises ImageError where it cannot be looked at, or where guessing would be needed."""
+    """How to mend a plain image. Raises ImageError where it cannot be looked at, or tables would have to be made."""
     try:
         check = counted_references(header, read, file_size=file_size, name=name)
     except Incomplete as reason:
         raise ImageError(f"{reason}: nothing is mended; qemu-img check -r all may help", where=name) from None
     impossible = check.report.corruptions
+    plan = Repair()
     if impossible and not everything:
-        raise ImageError(
-            "leaks are not freed while entries are impossible: what leaks may be what they should name", where=name,
-            expected="no corruptions but of refcounts", found=impossible,
-        )  # fmt: skip
+        plan.left.append(f"{impossible} entries are impossible; leaks are kept: one may be what they should name")
+        return plan
     blocks = [entry & REFTABLE_OFFSET_MASK for entry in check.reftable]
     _refuse_bad_blocks(check, name)
-    plan = Repair()
     raised: list[tuple[int, bytes]] = []
     lowered: list[tuple[int, bytes]] = []
     geometry = header.geometry
