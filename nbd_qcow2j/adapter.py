@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 import nbdkit
 
 from .announcement import BEFORE_FORK, ONCE_LISTENING, Announcement
+from .collector import calm
 from .counters import OperationCounters
 from .cpus import Cpus
 from .driver import Device, open_device
@@ -184,6 +185,7 @@ def after_fork() -> None:
         # Should nbdkit end without `cleanup`, Python's own end is the last chance to detach.
         atexit.register(_close)
         _stopper.watch(_socket_file)
+        calm()
         _announcement.say()
     except Exception as error:
         raise _refusal(error) from None

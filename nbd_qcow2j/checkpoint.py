@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from .errors import NO_ROOM, Error, ImageError, RequestError
@@ -57,7 +58,9 @@ at which writers are slowed down; chosen, not measured."""
 GAP_BYTES = 16 << 10
 """Clean sectors between two that go home which are written with them. 4 KiB random writes over 16 GiB, a flush each:
 nine in ten sectors went home by a call of their own, one in thirty does so, and what the disk gets is contiguous."""
-HOLD_SECTORS = 64
+HOLD_SECTORS, HOLD_WRITTEN = 64, 256
+"""Metadata sectors that are looked at, and that are noted to be home, in one hold."""
+BATCH_WRITES = 32
 PAUSE = Pause()
 
 
@@ -221,19 +224,22 @@ def _oldest(disk: Disk, most: int) -> tuple[list[int], int]:
 
     Their links take half of a transaction at most: the other half is the writers'. With them, of how many commits.
     """
-    ring = disk.log.ring
+    ring, excluded = disk.log.ring, disk.excluded
     most = max(1, min(most, ring.max_transaction // 2 // ring.home_cost))
+    enough = min(BATCH_CLUSTERS, most)
     found: list[int] = []
     count = commits = 0
     last: CommittedTransaction | None = None
     for cluster, pages in disk.pending.clusters.items():
-        if cluster not in disk.excluded:
+        if cluster not in excluded:
             found.append(cluster)
             count += len(pages)
             record = next(iter(pages.values())).record
             if record is not last:
-                last, commits = record, commits + 1
-            if len(found) >= min(BATCH_CLUSTERS + 2 * commits, most) or count >= BATCH_PAGES:
+                last = record
+                commits += 1
+                enough = min(enough + 2, most)
+            if len(found) >= enough or count >= BATCH_PAGES:
                 break
     return sorted(found), commits
 
@@ -288,7 +294,7 @@ def _write_home(
     # The *committed* copy of a sector goes home, never the live table: that holds what is not committed.
     writes += [(offset, entry[0]) for offset, entry in home.items()]
     writes += gaps
-    writes.sort(key=lambda each: each[0])
+    writes.sort(key=itemgetter(0))
     start, end = -1, -1
     buffers: list[bytes | bytearray] = []
     steps: list[Step] = []
@@ -296,20 +302,27 @@ def _write_home(
         if offset != end:
             if buffers:
                 steps.append(Write(disk.background, start, buffers))
+                # Some at once: to come back for each costs more than the write. Not all: who flushes waits meanwhile.
+                if len(steps) == BATCH_WRITES:
+                    yield Batch(steps)
+                    steps = []
             start, buffers = offset, []
         buffers.append(data)
         end = offset + len(data)
         disk.checkpoint_bytes += len(data)
     if buffers:
         steps.append(Write(disk.background, start, buffers))
-    # Some at once: to come back for each costs more than the write.
-    for at in range(0, len(steps), 32):
-        yield Batch(steps[at : at + 32])
+        yield Batch(steps)
 
 
 def _move_tail(disk: Disk, count: int, home: dict[int, tuple[bytes, int]]) -> Operation[None]:
     log, ring = disk.log, disk.log.ring
-    log.home_written(home)
+    written = list(home.items())
+    for at in range(0, len(written), HOLD_WRITTEN):
+        if at:
+            yield PAUSE
+            log.check()
+        log.home_written(written[at : at + HOLD_WRITTEN])
     slot = ring.slot_after(count)
     # Order: the metadata that the passed transactions held is durable at home (the sync before); the slot is
     # durable before their space is used again.

@@ -12,6 +12,7 @@ import pytest
 from engine import Shape
 from stage import Stage, pending
 
+from nbd_qcow2j import checkpoint
 from nbd_qcow2j.changes import ZERO_CLUSTERS
 from nbd_qcow2j.checkpoint import HOLD_CLUSTERS, HURRY_FROM, fill
 from nbd_qcow2j.steps import Operation, Pause
@@ -75,6 +76,22 @@ def test_nobody_pauses_for_each_cluster_where_it_fills_up(what: str) -> None:
             disk.pending_most = 12 if quick else 13
         assert (max(fill(disk), disk.pending.count / disk.pending_most) > HURRY_FROM) == quick
         assert (pauses(stage, stage.round()) == 0) == quick
+
+
+def test_who_notes_that_metadata_is_home_lets_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Breakage: checkpoint.py: range(0, len(written), HOLD_WRITTEN) -> range(0, len(written), HOLD_WRITTEN + 1)
+    found = {}
+    for hold in (1, 2, 100):
+        monkeypatch.setattr(checkpoint, "HOLD_WRITTEN", hold)
+        stage = written(8, a_commit=8)
+        stage.do(stage.round())
+        stage.do(stage.flush())
+        sectors = len(stage.disk.log.home)
+        assert sectors == 3
+        assert stage.disk.log.ring.passable()
+        found[hold] = pauses(stage, stage.round())
+        assert not stage.disk.log.home
+    assert found == {1: 2, 2: 1, 100: 0}
 
 
 def test_a_long_trim_lets_others_have_their_turn() -> None:

@@ -17,7 +17,7 @@ those that come while it runs share the next).
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from ..errors import DeviceFailed, Error, RequestError
@@ -339,9 +339,9 @@ class Log:
         """An entry of a table changed, in this hold."""
         self.running.note_sector(table.sector_of(index), table)
 
-    def home_written(self, written: dict[int, tuple[bytes, int]]) -> None:
+    def home_written(self, written: Iterable[tuple[int, tuple[bytes, int]]]) -> None:
         """These sectors are durable at home; those that a later commit replaced stay."""
-        for offset, entry in written.items():
+        for offset, entry in written:
             if self.home.get(offset) is entry:
                 del self.home[offset]
                 self.on_stale(offset)

@@ -138,9 +138,11 @@ class Ring:
 
     def move_tail(self, count: int, generation: int) -> None:
         """The slot that says so is durable: the space may be used again."""
-        for _ in range(count):
-            last = self.transactions.popleft()
+        if count:
+            last = self.transactions[count - 1]
             self.tail, self.tail_crc = last.end, last.crc
+        for _ in range(count):
+            self.transactions.popleft()
         self.generation = generation
 
 
