@@ -10,12 +10,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import pytest
 from calls import Calls
 from engine import Engine, Oracle, Shape
-from invariants import Watch, squeeze
+from invariants import Watch, recover, squeeze
 from simdisk import SimDisk
 
 from nbd_qcow2j import checkpoint
+from nbd_qcow2j.errors import RequestError
 from nbd_qcow2j.steps import Operation, run_simply
 
 SMALL = Shape("cluster_size=512", 96 << 10, journal=1 << 18)
@@ -119,3 +121,15 @@ def drain_pool(stage: Stage) -> None:
         allocator.held.discard(cluster)
     allocator.found.clear()
     allocator.scan_at = allocator.scan_end
+
+
+def refused(operation: Operation[Any]) -> RequestError:
+    """What an operation that must be refused is refused with."""
+    with pytest.raises(RequestError) as caught:
+        run_simply(operation)
+    return caught.value
+
+
+def cut(stage: Stage) -> None:
+    """Cut the power, and see that what recovers is what the oracle allows."""
+    recover(next(stage.sim.crash_states(1, Random(0))), stage.shape, stage.oracle, seed=1)
