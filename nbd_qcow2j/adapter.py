@@ -79,7 +79,11 @@ def _format_refusal(*args: Any, **kwargs: Any) -> list[str]:
     A refusal is explained by its text; a traceback would bury it.
     """
     refusal = next((arg for arg in args if isinstance(arg, _Refusal)), None)
-    return [str(refusal)] if refusal is not None else _format_exception(*args, **kwargs)
+    if refusal is None:
+        return _format_exception(*args, **kwargs)
+    # nbdkit 1.32 keeps for ever what a callback raised, and with it the frames that it went through.
+    traceback.clear_frames(refusal.__traceback__)
+    return [str(refusal)]
 
 
 traceback.format_exception = _format_refusal
@@ -98,7 +102,20 @@ def _refusal(error: BaseException) -> _Refusal:
     if not isinstance(error, Error | OSError):
         nbdkit.debug("".join(_format_exception(error)))
     nbdkit.set_error(_errno_for(error))
+    _forget_frames(error)
     return _Refusal(_explain(error))
+
+
+def _forget_frames(error: BaseException) -> None:
+    """A refusal is never freed (`_format_refusal`) and leads to `error`: not to the buffers that this has met too."""
+    seen: set[int] = set()
+    found: list[BaseException | None] = [error]
+    while found:
+        each = found.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            each.__traceback__ = None
+            found += (each.__cause__, each.__context__)
 
 
 def _explain(error: BaseException) -> str:

@@ -113,9 +113,9 @@ def round_(
     # Order: copied in the hold in which the epoch was entered. A metadata cluster that was freed before is not in
     # it any more; one that is freed from now on is not used again before this round is over.
     home = dict(log.home) if passable else {}
+    left: Error | None = None
     try:
         going: list[Going] = []
-        left: Error | None = None
         for number, cluster in enumerate(chosen):
             if number and not number % hold:
                 yield PAUSE
@@ -200,6 +200,8 @@ def round_(
         # In this hold: nothing may be committed on top of a change that was left half-way.
         raise log.latch(error, "checkpoint") from error
     finally:
+        # Its traceback leads to this frame, and so to all that went home.
+        left = None
         held.undo()
     if tight and going and log.committing is None and not log.running.empty and log.may_commit():
         yield from log.commit()

@@ -1,6 +1,6 @@
 """When the interpreter looks for garbage that reference counts do not find: seldom, as the engine leaves none.
 
-It counts objects made and not yet gone, and pending pages are that: with Python's own thresholds (700, 10, 10) a client
+It counts objects made and not yet gone, and pending pages are that. With Python's own thresholds (700, 10, 10) a client
 that flushes each write met a collection in one flush of 140, of 0.5 ms, in one of 1,300 of 2.5 ms, and of 34 ms in
 one of 12,000, most of that spent on modules that stay for ever. Slow cores; 2 to 5 % fewer flushes.
 """

@@ -81,8 +81,10 @@ class Disk:
         """Pages for which operations in flight have taken room in the pending table."""
         self.cluster_tokens: set[int] = set()
         """Pending guest clusters that hold a pool cluster's token."""
-        self.table_tokens: set[int] = set()
-        """L1 indexes that hold one, for an L2 table that pending clusters will need."""
+        self.table_tokens: dict[int, int] = {}
+        """L1 index that holds one, for an L2 table -> pending clusters that will need it."""
+        self.owning: list[int] = []
+        """L1 indexes whose L2 table is being made ours: who does that may count on its token."""
         self.excluded: set[int] = set()
         self.unreadable: set[int] = set()
         """Pending clusters that could not go home for what cannot be read; some may have gone since."""
@@ -233,7 +235,11 @@ class Disk:
         log, starved = self.log, self.log.starvations
         while self.pending.count + self.incoming + pages > self.pending_most:
             log.check()
-            yield from log.wait_for_room(starved)
+            if self.pending.count + pages <= self.pending_most:
+                # Only requests under way are in the way. They end, whatever the checkpoint lacks.
+                yield Wait(log.room_gate)
+            else:
+                yield from log.wait_for_room(starved)
         self.incoming += pages
 
     def return_pending(self, pages: int) -> None:
@@ -255,8 +261,10 @@ class Disk:
         needed = self.tokens_needed(cluster)
         self.allocator.tokens += needed
         index = cluster // self.geometry.l2_entries
-        if index not in self.table_tokens and not self.mapping.l1.entries[index] & OFLAG_COPIED:
-            self.table_tokens.add(index)
+        if index in self.table_tokens:
+            self.table_tokens[index] += 1
+        elif not self.mapping.l1.entries[index] & OFLAG_COPIED:
+            self.table_tokens[index] = 1
             needed -= 1
         if needed:
             self.cluster_tokens.add(cluster)
@@ -265,6 +273,17 @@ class Disk:
         """The cluster has no pending pages any more."""
         if cluster in self.cluster_tokens:
             self.cluster_tokens.discard(cluster)
+            self.allocator.tokens -= 1
+        if self.table_tokens:
+            index = cluster // self.geometry.l2_entries
+            if index in self.table_tokens:
+                self.table_tokens[index] -= 1
+                self.return_table_token(index)
+
+    def return_table_token(self, index: int) -> None:
+        """Give it back if no pending cluster needs the L2 table any more, and nobody is making it."""
+        if self.table_tokens.get(index) == 0 and index not in self.owning:
+            del self.table_tokens[index]
             self.allocator.tokens -= 1
 
     def try_write(self, data: Buffer, offset: int) -> bool:

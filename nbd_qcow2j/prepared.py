@@ -71,18 +71,22 @@ class Prepared:
             # Without a promise the pool may be empty: wait for room as any writer. A table that is ours needs none.
             yield from disk.allocator.take_tokens(1)
             self.tokens += 1
-        table, used = yield from disk.mapping.own_l2(
-            cluster, disk.background, disk.log, disk.allocator, token=promised or self.tokens > 0, bad=bool(what)
-        )
-        self.pinned.append(table)
-        if used and not promised:
-            self.tokens -= 1
-        if index in disk.table_tokens:
+        # Order: in the hold that saw the promise. The last page that needs the table may vanish while it is made.
+        disk.owning.append(index)
+        try:
+            table, used = yield from disk.mapping.own_l2(
+                cluster, disk.background, disk.log, disk.allocator, token=promised or self.tokens > 0, bad=bool(what)
+            )
+            self.pinned.append(table)
+            if used and not promised:
+                self.tokens -= 1
             # The table is ours: the promise is used, or not needed any more. It may have been made meanwhile.
-            disk.table_tokens.discard(index)
-            if not (used and promised):
+            if disk.table_tokens.pop(index, None) is not None and not (used and promised):
                 disk.allocator.tokens -= 1
-        return table
+            return table
+        finally:
+            disk.owning.remove(index)
+            disk.return_table_token(index)
 
     def reserve(self) -> Operation[int]:
         """A pool cluster, its refcount block pinned: for a token of this operation, or for one that it gets now."""

@@ -256,6 +256,12 @@ class Watch:
         assert not allocator.growing and log.committing is None
         assert not disk.epochs.current.active and not disk.epochs.retired, "an epoch was not left"
         assert disk.cluster_tokens <= disk.pending.clusters.keys()
+        needing: dict[int, int] = dict.fromkeys(disk.table_tokens, 0)
+        for cluster in disk.pending.clusters:
+            if cluster // disk.geometry.l2_entries in needing:
+                needing[cluster // disk.geometry.l2_entries] += 1
+        assert disk.table_tokens == needing and all(needing.values()), "tables are promised that nobody needs"
+        assert not disk.owning
         tokens = len(disk.cluster_tokens) + len(disk.table_tokens)
         assert allocator.tokens == tokens, f"{allocator.tokens} tokens, pending pages hold {tokens}"
         pinned = [table.host_offset for table in disk.cache.tables.values() if table.pins]

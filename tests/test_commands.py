@@ -292,6 +292,7 @@ def test_an_image_that_is_being_served_can_be_looked_at_when_that_is_asked_for(
     assert len([json.loads(line)["sequence"] for line in lines]) == 3
     found = json.loads(said("info", "--json", "--force-share", image))
     assert found["journal"]["transactions"] == 3
+    assert "the image is being served, or was not closed cleanly" in said("info", "-U", image)
     handle.pwrite(b"x" * 4096, 0)
     handle.flush()
 

@@ -6,21 +6,25 @@ Where a test's comment names a `Breakage`, that change of the engine opens the h
 from __future__ import annotations
 
 import errno
+import gc
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 from engine import Shape, fill, settle
 from simdisk import SimDisk
-from stage import PAGES, Stage, chain, cut, drain_pool, pending, refused
+from stage import PAGES, WIDE, Stage, chain, cut, drain_pool, pending, refused
 from stepper import Stepper, Task
 
 from nbd_qcow2j import changes, checkpoint
 from nbd_qcow2j.attaching import detach
 from nbd_qcow2j.driver import Device, Runner
-from nbd_qcow2j.errors import DeviceFailed, ImageError, RequestError
+from nbd_qcow2j.errors import DeviceFailed, ImageError, ReadFailed, RequestError
 from nbd_qcow2j.format.tables import OFFSET_MASK
+from nbd_qcow2j.going import Going
 from nbd_qcow2j.options import Options
-from nbd_qcow2j.steps import Operation, Punch, ReadInto, Step, Wait, WriteSync, ZeroRange, run_simply
+from nbd_qcow2j.steps import Operation, Punch, Read, ReadInto, Step, Wait, Write, WriteSync, ZeroRange, run_simply
 from nbd_qcow2j.writer import Writer
 
 PARTIAL = Shape("cluster_size=65536", 100 << 10, journal=1 << 18)
@@ -386,7 +390,136 @@ def test_a_cluster_that_could_not_be_given_back_is_used_again_all_the_same() -> 
         cut(stage)
 
 
+@pytest.mark.parametrize("of", ["the other image", "the host file system"])
+def test_who_waits_for_others_is_not_told_what_the_checkpoint_lacks(of: str) -> None:
+    # Three writes in place; two of them and a round hold all credits, the third waits for theirs. The round finds no
+    # room, or cannot read: that is nothing to it.
+    # Breakage: journal/log.py: elif self.running.in_ring:\n                    yield from -> else: (the same)
+    stage = Stage(Shape("cluster_size=8192", 512 << 10, journal=1 << 20, backed=True))
+    for first in range(0, 384, 128):
+        stage.do(stage.write(first, 128))
+    stage.home()
+    stage.do(stage.write(400, 8), stage.flush())
+    assert len(stage.disk.pending.clusters) == 1, "half of it is to be read beneath"
+    stepper = Stepper(whole_steps=True)
+    round_ = stepper.add(stage.round())
+    if of == "the other image":
+        stage.engine.backing.storage.disk.fail("read", 1, times=0)  # type: ignore[union-attr]
+        stepper.move(round_)
+    else:
+        full(stage.sim, "write")
+        until(stepper, round_, Write)
+    first, second, waiter = (stepper.add(stage.write(at, length)) for at, length in ((0, 128), (128, 112), (256, 128)))
+    for each in (first, second, waiter):
+        stepper.move(each)
+    assert waiter.waits_for == "ring room"
+    while not round_.done:
+        stepper.move(round_)
+    assert stage.disk.log.starvations == 1
+    stage.sim.mend()
+    while not waiter.done and not waiter.waits_for:
+        stepper.move(waiter)
+    stepper.run(first, second)
+    stepper.run(waiter)
+    assert first.error is second.error is waiter.error is None
+    cut(stage)
+
+
+def test_who_waits_for_the_pages_of_others_is_not_told_what_the_checkpoint_lacks() -> None:
+    # Breakage: disk.py: if self.pending.count + pages <= self.pending_most: -> if False:
+    stage = Stage(ROOMY)
+    disk = stage.disk
+    disk.incoming = disk.pending_most - 1
+    stepper = Stepper(whole_steps=True)
+    waiter = stepper.add(disk.take_pending(2))
+    stepper.move(waiter)
+    assert waiter.waits_for == "ring room"
+    disk.log.starve(RequestError(errno.ENOSPC, "no room"))
+    while not waiter.done and not waiter.waits_for:
+        stepper.move(waiter)
+    assert not waiter.done
+    disk.return_pending(disk.pending_most - 1)
+    stepper.run(waiter)
+    assert waiter.error is None and disk.incoming == 2
+    disk.return_pending(2)
+
+
+def test_a_new_refcount_block_that_finds_no_room_takes_no_cluster_with_it() -> None:
+    # Breakage: image/allocator.py: self.held.difference_update(clusters)\n                self.end = first -> pass
+    stage = Stage(Shape("cluster_size=512,refcount_bits=64", 256 << 10, journal=1 << 18))
+    allocator = stage.disk.allocator
+    make, refusals = allocator._new_block, 0
+
+    def refusing(index: int, cluster: int) -> Operation[None]:
+        nonlocal refusals
+        if refusals < 3:
+            refusals += 1
+            stage.sim.fail("write", 1, errno.ENOSPC)
+        yield from make(index, cluster)
+
+    allocator._new_block = refusing  # type: ignore[method-assign]
+    for _ in range(2000):
+        end = allocator.end
+        try:
+            run_simply(allocator.grow_pool(16))
+        except OSError:
+            assert allocator.end == end and allocator.held == set(allocator.pool)
+        if refusals == 3:
+            break
+    assert refusals == 3
+    stage.do(stage.write(0, 64), stage.flush())
+    cut(stage)
+    stage.home()
+
+
 # ---- tokens
+
+
+def test_a_table_that_nobody_needs_any_more_is_promised_no_cluster() -> None:
+    # Zero pages over nothing go home without a table; what is trimmed before it goes home needs none either.
+    # Breakage: disk.py: self.return_table_token(index)\n\n -> pass
+    stage = Stage(Shape("cluster_size=4096", 16 << 20, journal=1 << 20))
+    disk = stage.disk
+    for at in range(0, 16 << 20, 2 << 20):
+        # One page below each L1 entry.
+        run_simply(changes.write_pending(disk, at, memoryview(bytes(4096))))
+    assert len(disk.table_tokens) == 8
+    stage.do(stage.flush(), stage.round(), stage.flush())
+    assert not disk.pending.clusters and not any(disk.mapping.l1.entries)
+    assert not disk.table_tokens and not disk.allocator.tokens
+    for at in range(0, 16 << 20, 2 << 20):
+        stage.do(pending(stage, at >> 9, 16))
+    assert set(disk.table_tokens.values()) == {2}
+    for at in range(0, 16 << 20, 2 << 20):
+        stage.do(stage.trim(at >> 9, 8))
+    assert set(disk.table_tokens.values()) == {1}
+    stage.do(stage.trim(0, 16 << 11))
+    assert not disk.table_tokens and not disk.allocator.tokens
+    stage.home()
+
+
+
+def test_the_last_page_that_needs_a_table_may_vanish_while_another_makes_it() -> None:
+    # A direct write makes the table with the cluster that a pending page was promised for it; the page is trimmed
+    # before the table is there.
+    # Breakage: disk.py: and index not in self.owning -> (away)
+    stage = Stage(PAGES)
+    stage.do(pending(stage, 40, 8))
+    assert stage.disk.table_tokens == {0: 1}
+    stage.disk.settings = replace(stage.disk.settings, direct_write=4096)
+    stepper = Stepper(whole_steps=True)
+    writer = stepper.add(stage.write(0, 8))
+    until(stepper, writer, Write)
+    assert stage.disk.owning and not stage.disk.mapping.l1.entries[0], "the table is being written"
+    trimmer = stepper.add(stage.trim(40, 8))
+    while not trimmer.done:
+        stepper.move(trimmer)
+    assert not stage.disk.pending.clusters and stage.disk.table_tokens == {0: 0}
+    stepper.run(writer)
+    assert writer.error is None and not stage.disk.table_tokens and not stage.disk.allocator.tokens
+    stage.do(stage.flush())
+    cut(stage)
+    stage.home()
 
 
 def test_a_promise_of_a_table_that_another_made_is_given_back() -> None:
@@ -401,7 +534,7 @@ def test_a_promise_of_a_table_that_another_made_is_given_back() -> None:
     stage.calls.disk.allocator.grow_step = 8
     run_simply(stage.disk.allocator.ensure(8))
     run_simply(stage.write(20, 1, fast=True))
-    assert stage.disk.table_tokens == {0}
+    assert stage.disk.table_tokens.keys() == {0}
     stepper.run(direct)
     assert direct.error is None
     assert not stage.disk.table_tokens
@@ -459,6 +592,55 @@ def test_a_page_that_came_while_its_cluster_became_zero_still_has_a_home() -> No
     assert not stage.disk.pending.clusters
     stage.do(stage.flush())
     cut(stage)
+
+
+# ---- memory
+
+
+def test_requests_of_a_latched_device_leave_nothing_behind() -> None:
+    # Breakage: journal/log.py: raise self._failure() -> raise self.failed
+    stage = Stage(PAGES)
+    log = stage.disk.log
+    log.latch(OSError(errno.EIO, "bad"), "write")
+    for _ in range(10):
+        with pytest.raises(DeviceFailed, match="takes no more writes"):
+            run_simply(stage.disk.flush())
+    assert log.failed is not None and log.failed.__traceback__ is None
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_a_request_that_fails_leaves_nothing_for_the_collector(no_collection: None) -> None:
+    # Breakage: driver.py: failure = None\n            lock.release() -> lock.release()
+    class Held:
+        pass
+
+    def failing() -> Operation[None]:
+        held = Held()
+        alive.append(weakref.ref(held))
+        yield Read(stage.engine.file, 0, 512)
+
+    stage, alive = Stage(PAGES), []
+    stage.sim.fail("read", 1, times=0)
+    with pytest.raises(ReadFailed):
+        Runner().run(failing())
+    assert alive[0]() is None
+
+
+def test_a_round_that_fails_leaves_nothing_for_the_collector(no_collection: None) -> None:
+    # Breakage: checkpoint.py: left = None\n        held.undo() -> held.undo()
+    stage = Stage(replace(WIDE, journal=1 << 19))
+    stage.do(pending(stage, 0, 8), pending(stage, 16, 16), stage.flush())
+    stage.engine.backing.storage.disk.fail("read", 1, times=0)  # type: ignore[union-attr]
+    assert Runner().run(checkpoint.round_(stage.disk))
+    assert not Runner().run(checkpoint.round_(stage.disk))
+    assert not [each for each in gc.get_objects() if isinstance(each, Going)]
 
 
 # ---- waits

@@ -69,10 +69,12 @@ def run(arguments: argparse.Namespace) -> int:
             if value is None:
                 print("journal: none is attached")
             else:
+                # Who looks at it without a lock does not know whether somebody serves it.
+                why = "is being served, or " if arguments.force_share else ""
                 print(
                     f"journal: attached, {value['transactions']} transactions in {format_size(value['used'])} of "
-                    f"{format_size(value['size'])}; the image was not closed cleanly: serve it again, or nbd-qcow2j "
-                    "recover"
+                    f"{format_size(value['size'])}; the image {why}was not closed cleanly: serve it "
+                    "again, or nbd-qcow2j recover"
                 )
         elif key in _ONLY_IF_SO and not value:
             continue

@@ -320,7 +320,15 @@ class Allocator:
             return
         self.held.update(clusters)
         if not self._block_offset(index):
-            yield from self._new_block(index, clusters.pop(0))
+            try:
+                yield from self._new_block(index, clusters[0])
+            except BaseException:
+                # As if it had not been allocated: the next try finds the same place, whose first cluster becomes the
+                # block, and is written whole. Crash: the file is longer, and nothing names what is behind its end.
+                self.held.difference_update(clusters)
+                self.end = first
+                raise
+            del clusters[0]
         self.pool.extend(clusters)
 
     def _new_block(self, index: int, cluster: int) -> Operation[None]:

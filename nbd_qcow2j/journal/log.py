@@ -91,12 +91,16 @@ class Log:
         self.commit_gate.open()
         self.room_gate.open()
         self.on_pressure()
-        return self.failed
+        return self._failure()
 
     def check(self) -> None:
         """Raises DeviceFailed once the device is latched."""
         if self.failed is not None:
-            raise self.failed
+            raise self._failure()
+
+    def _failure(self) -> DeviceFailed:
+        # A new one each time: what is raised keeps the frames that it went through, of each time.
+        return DeviceFailed(*self.failed.args) if self.failed is not None else DeviceFailed()
 
     def whole_or_latched(self, what: str) -> _Whole:
         """Changes that belong together, in one hold: an exception half-way latches the device in that hold.
@@ -111,6 +115,8 @@ class Log:
         """Nothing can go home, and nothing is lost: who waits for the tail is told."""
         self.starvations += 1
         self.starved_of = reason if isinstance(reason, RequestError) else RequestError(reason.errno, str(reason))
+        # It is kept: without the frames that it went through, and all that the round held.
+        self.starved_of.__traceback__ = None
         self.room_gate.open()
 
     def wait_for_room(self, starved: int) -> Operation[None]:
@@ -138,8 +144,11 @@ class Log:
                     yield from self.commit()
                 elif self.committing is not None:
                     yield Wait(self.commit_gate)
-                else:
+                elif self.running.in_ring:
                     yield from self.wait_for_room(starved)
+                else:
+                    # Only the credits of others are in the way. They end, whatever the checkpoint lacks.
+                    yield Wait(self.room_gate)
                 continue
             if ring.has_room(running=self.running.size, cost=cost, clusters=clusters):
                 ring.outstanding += cost
