@@ -2,7 +2,8 @@
 
 It counts objects made and not yet gone, and pending pages are that. With Python's own thresholds (700, 10, 10) a client
 that flushes each write met a collection in one flush of 140, of 0.5 ms, in one of 1,300 of 2.5 ms, and of 34 ms in
-one of 12,000, most of that spent on modules that stay for ever. Slow cores; 2 to 5 % fewer flushes.
+one of 12,000, on slow cores. With these, in turns: 4.7 % more flushes, the 99th percentile 4 % shorter; and none of
+them while 13,000 writes came.
 """
 
 from __future__ import annotations
