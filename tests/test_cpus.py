@@ -24,6 +24,8 @@ class Machine:
     def __init__(self) -> None:
         self.now = 0
         self.placed: dict[int, set[int]] = {}
+        self.policy = os.SCHED_OTHER
+        self.policies: dict[int, int] = {}
         self.calls = 0
         self.better = False
         self.costs: list[float] = []
@@ -42,6 +44,12 @@ class Machine:
             raise ProcessLookupError(3, "No such process")
         self.placed[thread] = set(allowed)
 
+    def setscheduler(self, thread: int, policy: int, param: os.sched_param) -> None:
+        if thread == 2:
+            raise ProcessLookupError(3, "No such process")
+        assert param.sched_priority == 0
+        self.policies[thread] = policy
+
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
@@ -49,6 +57,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     monkeypatch.setattr(cpus, "perf_counter_ns", lambda: it.now)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(ALL))
     monkeypatch.setattr(os, "sched_setaffinity", it.setaffinity)
+    monkeypatch.setattr(os, "sched_getscheduler", lambda _: it.policy)
+    monkeypatch.setattr(os, "sched_setscheduler", it.setscheduler)
     monkeypatch.setattr(os, "getpid", lambda: 0)
     monkeypatch.setattr(cpus.sys, "setswitchinterval", lambda _: None)
     monkeypatch.setattr(cpus, "_quiet", lambda allowed: 2)
@@ -132,6 +142,37 @@ def test_the_cheaper_placing_is_found(machine: Machine, monkeypatch: pytest.Monk
     assert it.gathered and machine.placed == {1: {2}}
 
 
+def test_threads_of_which_one_works_at_a_time_on_a_shared_cpu_wait_for_it(machine: Machine) -> None:
+    reads = OperationCounters()
+    it = Cpus("auto", [reads])
+    load(machine, reads, busy=5_000, between=0)
+    assert it.gathered and not machine.policies, "a queue's threads take the CPU when they wake"
+    machine.better = True
+    load(machine, reads, busy=15_000, between=35_000, looks=2)
+    assert it.gathered and machine.policies == {1: os.SCHED_BATCH}
+    it.joined(7)
+    assert machine.policies[7] == os.SCHED_BATCH
+    load(machine, reads, busy=5_000, between=0)
+    assert it.gathered and machine.policies[1] == os.SCHED_OTHER
+    machine.policies.clear()
+    it.joined(8)
+    assert not machine.policies
+    load(machine, reads, busy=15_000, between=35_000, looks=2)
+    assert machine.policies == {1: os.SCHED_BATCH}
+    machine.better = False
+    load(machine, reads, busy=15_000, between=35_000)
+    assert not it.gathered and machine.policies == {1: os.SCHED_OTHER}
+
+
+def test_a_policy_that_the_server_was_started_with_stays(machine: Machine) -> None:
+    machine.policy, machine.better = os.SCHED_FIFO, True
+    reads = OperationCounters()
+    it = Cpus("auto", [reads])
+    load(machine, reads, busy=15_000, between=35_000, looks=2)
+    it.joined(7)
+    assert it.gathered and not machine.policies
+
+
 def test_a_thread_that_joins_is_put_where_the_others_are(machine: Machine) -> None:
     reads = OperationCounters()
     it = Cpus("auto", [reads])
@@ -164,6 +205,9 @@ def test_what_is_asked_for_is_done_once(machine: Machine, cpu: int | str, placed
     it = Cpus(cpu, [reads])
     load(machine, reads, busy=5_000, between=0, looks=3)
     assert machine.placed == placed
+    it.joined(7)
+    assert machine.policies == ({7: os.SCHED_BATCH} if placed else {})
+    machine.placed.pop(7, None)
     it.in_background()
     assert machine.placed == background
 
