@@ -18,7 +18,7 @@ from .format.header_rewrite import HeaderPlan, plan_attach, plan_detach
 from .format.journal import ALIGNMENT, MIN_RING, SLOTS_LENGTH, Location, Slot
 from .format.tables import REFTABLE_OFFSET_MASK
 from .geometry import SECTOR, Geometry
-from .image.allocator import runs_of
+from .image.allocator import grow_step, runs_of
 from .image.tables import RefcountBlock, Table
 from .steps import DataRuns, FileSize, Operation, Punch, Read, Sync, Truncate, Write
 
@@ -33,8 +33,17 @@ FAR_BEHIND = 1 << 30
 """The journal goes behind all that is used: damaged refcounts must not send it to where no file reaches."""
 
 
-def place_journal(header: Header, *, last: int, size: int, journal_size: int, name: str) -> Location:
-    """Behind all clusters below `last` and behind a file of `size` bytes. Raises ImageError."""
+def place_journal(
+    header: Header, *, last: int, size: int, journal_size: int, name: str
+) -> tuple[Location, int]:
+    """Behind all clusters below `last` and behind a file of `size` bytes; and the first free cluster there.
+
+    Between the two is room for what the pool takes at first: a session that allocates no more leaves nothing behind
+    the journal, and the file ends where that room began, or a little later. With the journal first each such session
+    would make the file longer by it.
+
+    Raises ImageError.
+    """
     geometry = header.geometry
     used = last * geometry.cluster_size
     if used > 2 * size + FAR_BEHIND:
@@ -47,9 +56,12 @@ def place_journal(header: Header, *, last: int, size: int, journal_size: int, na
         used, size, header.l1_offset + header.l1_entries * 8,
         header.refcount_table_offset + header.refcount_table_clusters * geometry.cluster_size,
     )  # fmt: skip
+    first = -(-end // geometry.cluster_size)
+    # And one for a refcount block.
+    begin = (first + grow_step(geometry) + 1) * geometry.cluster_size
     unit = max(geometry.cluster_size, ALIGNMENT)
     length = -(-journal_size // ALIGNMENT) * ALIGNMENT
-    return Location(-(-end // unit) * unit, SLOTS_LENGTH + max(length, MIN_RING))
+    return Location(-(-begin // unit) * unit, SLOTS_LENGTH + max(length, MIN_RING)), first
 
 
 def attach(
@@ -128,7 +140,7 @@ def _tidy(disk: Disk, location: Location) -> Operation[None]:
         max(overlaps.blocks, default=0) + 1,
     )  # fmt: skip
     if counted is None or not counted.holds:
-        last = max(last, location.offset // size)
+        last = max(last, min(disk.allocator.scan_end, location.offset // size))
     if last * size < file_size:
         yield Truncate(file, last * size)
     free = sorted(each for each in disk.allocator.pool if each < last)

@@ -119,8 +119,9 @@ def open_disk(
         _check_usable(header, write=not read_only, recover=recover, name=name)
     tables = yield from _read_tables(file, header, plan, read_only=read_only, name=name)
     location = plan.location if plan is not None else None
+    end = -(-tables.file_size >> header.geometry.cluster_bits)
     if plan is None and not read_only:
-        location = place_journal(
+        location, end = place_journal(
             header, last=tables.last, size=tables.file_size, journal_size=settings.journal_size, name=name
         )
     # Order: before the journal is attached: an image that is refused is left as it was.
@@ -135,6 +136,7 @@ def open_disk(
         data,
         tables=tables,
         overlaps=overlaps,
+        end=end,
         plan=plan,
         location=location,
         settings=settings,
@@ -246,6 +248,7 @@ def _build(
     *,
     tables: _Tables,
     overlaps: Overlaps,
+    end: int,
     plan: ReplayPlan | None,
     location: Location | None,
     settings: Settings,
@@ -262,8 +265,7 @@ def _build(
     log.on_stale = cache.mark_stale
     allocator = Allocator(
         background, log, cache, geometry, reftable=tables.reftable, header=HeaderSector(data[:SECTOR]),
-        ring=overlaps.ring, end=max(tables.last, -(-tables.file_size >> geometry.cluster_bits), overlaps.ring[1]),
-        discard=settings.discard, overlaps=overlaps,
+        ring=overlaps.ring, end=max(tables.last, end), discard=settings.discard, overlaps=overlaps,
     )  # fmt: skip
     mapping = Mapping(
         geometry, tables.l1, cache, name=name,

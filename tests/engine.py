@@ -47,6 +47,11 @@ class Shape:
         return SimDisk.from_file(path)
 
 
+def room_before_journal(cluster_size: int) -> int:
+    """Bytes between what was in a file and the journal that is attached behind it."""
+    return (max(16, min(1024, (16 << 20) // cluster_size)) + 1) * cluster_size
+
+
 class Pattern:
     """A backing layer whose sectors are all different."""
 

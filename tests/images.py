@@ -10,7 +10,7 @@ import struct
 import subprocess
 from pathlib import Path
 
-from engine import SECTOR, Shape, fill
+from engine import SECTOR, Shape, fill, room_before_journal
 from simdisk import SimDisk, SimStorage
 
 BACKING_NAME = "far/" * 150 + "base"
@@ -41,7 +41,7 @@ def make(kind: str, shape: Shape, directory: Path) -> SimDisk:
     if kind == "padded":
         # The refcount table has one cluster of 64 entries, each for a block of 64 clusters; the journal will end
         # 8 clusters before what they can count.
-        journal = shape.journal + 8192
+        journal = shape.journal + 8192 + room_before_journal(512)
         disk.durable_size = disk.current_size = (64 * 64 - 8) * 512 - journal
     if kind == "foreign-l2":
         # The L1 entries lack the copied flag, as if the tables were shared: each is copied at its first change, and

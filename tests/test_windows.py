@@ -17,7 +17,7 @@ import images
 import pytest
 from engine import Oracle, Shape
 from simdisk import SECTOR, SimDisk
-from windows import QUICK, THOROUGH, Effort, Explorer, Life, explore, numbers, run
+from windows import QUICK, THOROUGH, Effort, Explorer, Life, explore, numbers, run, skip_room_before_journal
 
 from nbd_qcow2j import checkpoint
 
@@ -174,6 +174,7 @@ def use_all_below(life: Life) -> int:
     """Use every free cluster before the end of the file; returns the first sector that was not written."""
     allocator, at = life.disk.allocator, 0
     life.be_tight()
+    skip_room_before_journal(life.disk)
     end = allocator.end
     while allocator.end == end:
         life.write(at, 8)
@@ -181,6 +182,24 @@ def use_all_below(life: Life) -> int:
     life.flush()
     life.release()
     return at
+
+
+def growth_past_the_journal(life: Life) -> None:
+    life.open()
+    life.be_tight()
+    ring, behind = life.disk.allocator.ring_clusters
+    life.disk.allocator.end = ring - 3
+    at = 0
+    with life.window():
+        # Up to the journal, then on behind it, with a refcount block there.
+        while life.disk.allocator.end < behind + 3:
+            life.write(at, 8)
+            life.flush()
+            at += 8
+        life.write(1, 2, pending=True)
+        life.flush()
+        life.checkpoint()
+        life.close()
 
 
 def table_growth(life: Life) -> None:
@@ -414,6 +433,7 @@ SCENARIOS = [
     *over(revoke_over_pending, "plain", SMALL, PAGE),
     *over(revoke_over_direct, "plain", SMALL, PAGE),
     *over(revoke_over_metadata_reused_as_data, "foreign-l2", SMALL, PAGE),
+    *over(growth_past_the_journal, "plain", TABLE),
     *over(table_growth, "padded", TABLE),
     *over(table_growth_by_the_checkpoint, "padded", TABLE),
     *over(checkpoint_of_whole_clusters, "plain", NARROW, WIDE),

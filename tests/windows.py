@@ -177,6 +177,11 @@ class Life:
         allocator.found.clear()
 
 
+def skip_room_before_journal(disk: Disk) -> None:
+    """As if what lies between what was there and the journal had been used: the file is lengthened behind it."""
+    disk.allocator.end = max(disk.allocator.end, disk.allocator.ring_clusters[1])
+
+
 def numbers(contents: bytes) -> list[int]:
     return [number_of(contents[at : at + SECTOR]) for at in range(0, len(contents), SECTOR)]
 

@@ -54,9 +54,10 @@ class Allocator:
         self.ring_clusters = ring
         """Half-open range of clusters that the ring covers: not refcounted, not ours to hand out."""
         self.end = end
-        """First cluster of the file that was never looked at: it and all after it are free."""
+        """First cluster that was never looked at: it and all after it are free, but for the ring."""
         self.scan_at = 0
         self.scan_end = end
+        """And what lies below was there before this session, or since one that was killed."""
         self.counted: Counted | None = None
         """Whether what lies below `end` without a refcount is free indeed; None: nobody asks."""
         self.discard = discard
@@ -68,7 +69,7 @@ class Allocator:
         """Clusters that a scan must not find: pool, reserved, freed."""
         self.growing = False
         self.grow_gate = Gate("pool")
-        self.grow_step = max(16, min(1024, (16 << 20) >> geometry.cluster_bits))
+        self.grow_step = grow_step(geometry)
         self.allocated = self.freed = 0
 
     # ---- refcounts
@@ -300,15 +301,23 @@ class Allocator:
     def _extend(self, count: int) -> Operation[None]:
         """Lengthen the file, with the refcount blocks that the new clusters need."""
         per_block = self.geometry.refcount_block_entries
-        while (self.end // per_block) < len(self.reftable.entries) and self.reftable.entries[
-            self.end // per_block
-        ] & REFTABLE_OFFSET_MASK != self._block_offset(self.end // per_block):
-            # What a bad block counts is not ours to hand out.
-            self.end = (self.end // per_block + 1) * per_block
+        ring, behind = self.ring_clusters
+        entries = self.reftable.entries
+        while True:
+            index = self.end // per_block
+            if ring <= self.end < behind or (self.end < ring and index >= len(entries)):
+                # A larger refcount table, and what it leads to, has no place before the ring.
+                self.end = behind
+            elif index < len(entries) and entries[index] & REFTABLE_OFFSET_MASK != self._block_offset(index):
+                # What a bad block counts is not ours to hand out.
+                self.end = (index + 1) * per_block
+            else:
+                break
         first = self.end
         # One block at a time, so that a region never needs a second new block.
         count = min(count + 1, per_block - first % per_block)
-        index = first // per_block
+        if first < ring:
+            count = min(count, ring - first)
         size = self.geometry.cluster_size
         if index >= len(self.reftable.entries):
             yield from self._move_table(index)
@@ -412,6 +421,11 @@ class Allocator:
         finally:
             for each in pinned:
                 each.pins -= 1
+
+
+def grow_step(geometry: Geometry) -> int:
+    """Clusters that are made pool clusters together: 16 MiB, where these are neither a handful nor thousands."""
+    return max(16, min(1024, (16 << 20) >> geometry.cluster_bits))
 
 
 def runs_of(clusters: list[int]) -> list[tuple[int, int]]:

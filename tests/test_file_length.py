@@ -1,0 +1,116 @@
+"""How long the file is after a session: by what was written, not by the journal that was there meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import pytest
+from engine import Engine, Shape, settle
+from invariants import no_leaks
+from simdisk import SimDisk
+
+from nbd_qcow2j import changes
+from nbd_qcow2j.attaching import detach
+from nbd_qcow2j.checkpoint import drain
+from nbd_qcow2j.disk import Disk
+from nbd_qcow2j.steps import run_simply
+
+SHAPES = [
+    Shape("cluster_size=512,refcount_bits=64", 1 << 20, journal=1 << 21),
+    Shape("cluster_size=64k", 64 << 20, journal=1 << 18),
+]
+
+
+@pytest.fixture(params=SHAPES, ids=lambda shape: shape.options)
+def shape(request: pytest.FixtureRequest) -> Shape:
+    found: Shape = request.param
+    return found
+
+
+def begin(sim: SimDisk, shape: Shape, *, looked_at: bool) -> tuple[Engine, Disk]:
+    engine = Engine(sim, shape, Random(1))
+    disk = engine.open()
+    if not looked_at:
+        # As where there are more tables than a session looks at.
+        assert disk.allocator.counted is not None
+        disk.allocator.counted.finished = True
+    return engine, disk
+
+
+def write(engine: Engine, disk: Disk, cluster: int) -> None:
+    size = disk.geometry.cluster_size
+    settle(engine, changes.write(disk, bytes([1 + cluster % 255]) * size, cluster * size))
+
+
+def written(disk: Disk, clusters: range) -> bool:
+    size = disk.geometry.cluster_size
+    data = bytearray(size)
+    for cluster in clusters:
+        run_simply(disk.read_into(memoryview(data), cluster * size))
+        if data != bytes([1 + cluster % 255]) * size:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("looked_at", [True, False], ids=["tables looked at", "not all tables looked at"])
+def test_sessions_that_allocate_little_make_the_file_longer_by_that(
+    tmp_path: Path, shape: Shape, looked_at: bool
+) -> None:
+    sim = shape.make(tmp_path)
+    cluster = 0
+    for session in range(6):
+        before = sim.current_size
+        engine, disk = begin(sim, shape, looked_at=looked_at)
+        size = disk.geometry.cluster_size
+        for _ in range(2):
+            write(engine, disk, cluster)
+            cluster += 1
+        settle(engine, detach(disk))
+        # Two of data, an L2 table, a refcount block; the first session has qemu-img's file rounded to clusters, too.
+        assert sim.current_size <= before + (5 if session == 0 else 4) * size
+        no_leaks(sim, plain=True)
+    _, disk = begin(sim, shape, looked_at=True)
+    assert written(disk, range(cluster))
+
+
+def test_a_session_that_allocates_much_fills_the_room_before_the_journal_and_goes_on_behind_it(
+    tmp_path: Path, shape: Shape
+) -> None:
+    sim = shape.make(tmp_path)
+    engine, disk = begin(sim, shape, looked_at=False)
+    ring, behind = disk.allocator.ring_clusters
+    first = disk.allocator.end
+    count = ring - first + 40
+    for cluster in range(count):
+        write(engine, disk, cluster)
+        if cluster % 64 == 63:
+            settle(engine, drain(disk))
+    settle(engine, detach(disk))
+    entries = (disk.mapping.find(cluster)[0] for cluster in range(count) if disk.mapping.in_memory(cluster))
+    used = {(entry & 0x00FF_FFFF_FFFF_FE00) >> disk.geometry.cluster_bits for entry in entries}
+    assert not used & set(range(ring, behind))
+    taken = [each for each in range(first, ring) if disk.allocator.refcount(each)]
+    assert len(taken) == ring - first, "there is room left before the journal"
+    assert max(used) >= behind
+    no_leaks(sim, plain=True)
+    _, disk = begin(sim, shape, looked_at=True)
+    assert written(disk, range(count))
+
+
+def test_where_the_room_began_is_not_known_after_a_kill(tmp_path: Path, shape: Shape) -> None:
+    sim = shape.make(tmp_path)
+    engine, disk = begin(sim, shape, looked_at=False)
+    write(engine, disk, 0)
+    settle(engine, drain(disk))
+    ring, _ = disk.allocator.ring_clusters
+    engine, disk = begin(sim, shape, looked_at=False)
+    settle(engine, detach(disk))
+    assert sim.current_size >= ring * disk.geometry.cluster_size, "what was there may be somebody's data"
+    no_leaks(sim, plain=True)
+    engine, disk = begin(sim, shape, looked_at=True)
+    assert written(disk, range(1))
+    # All tables are looked at when it is closed: what is free at the end is cut off.
+    settle(engine, detach(disk))
+    assert sim.current_size < ring * disk.geometry.cluster_size
+    no_leaks(sim, plain=True)
