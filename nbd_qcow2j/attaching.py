@@ -33,6 +33,11 @@ FAR_BEHIND = 1 << 30
 """The journal goes behind all that is used: damaged refcounts must not send it to where no file reaches."""
 
 
+def room_before(geometry: Geometry) -> int:
+    """Clusters between what was there and the journal: one growth of the pool, with a refcount block."""
+    return grow_step(geometry) + 1
+
+
 def place_journal(
     header: Header, *, last: int, size: int, journal_size: int, name: str
 ) -> tuple[Location, int]:
@@ -57,8 +62,7 @@ def place_journal(
         header.refcount_table_offset + header.refcount_table_clusters * geometry.cluster_size,
     )  # fmt: skip
     first = -(-end // geometry.cluster_size)
-    # And one for a refcount block.
-    begin = (first + grow_step(geometry) + 1) * geometry.cluster_size
+    begin = (first + room_before(geometry)) * geometry.cluster_size
     unit = max(geometry.cluster_size, ALIGNMENT)
     length = -(-journal_size // ALIGNMENT) * ALIGNMENT
     return Location(-(-begin // unit) * unit, SLOTS_LENGTH + max(length, MIN_RING)), first
@@ -140,7 +144,7 @@ def _tidy(disk: Disk, location: Location) -> Operation[None]:
         max(overlaps.blocks, default=0) + 1,
     )  # fmt: skip
     if counted is None or not counted.holds:
-        last = max(last, min(disk.allocator.scan_end, location.offset // size))
+        last = max(last, (yield from _end_before(disk, location.offset // size)))
     if last * size < file_size:
         yield Truncate(file, last * size)
     free = sorted(each for each in disk.allocator.pool if each < last)
@@ -153,6 +157,23 @@ def _tidy(disk: Disk, location: Location) -> Operation[None]:
         # A file system may need room to give some back; what stays is free in the image all the same.
         if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS) and error.errno not in NO_ROOM:
             raise
+
+
+def _end_before(disk: Disk, ring: int) -> Operation[int]:
+    """One past the last cluster before the journal, which begins at cluster `ring`, that is not to be cut off."""
+    if disk.allocator.scan_end <= ring:
+        # Attached in this session: what lies between is ours.
+        return disk.allocator.scan_end
+    # A killed server attached it. As far as a journal has room before it that is ours, too; but one of an earlier
+    # version has none, so nothing is cut off that holds data.
+    size = disk.geometry.cluster_size
+    first = max(0, ring - room_before(disk.geometry))
+    end = position = first * size
+    for length, data in (yield DataRuns(disk.file, position, ring * size - position)):
+        position += length
+        if data:
+            end = position
+    return -(-end // size)
 
 
 def _stages(file: Storage, plan: HeaderPlan) -> Operation[None]:
