@@ -263,7 +263,7 @@ MUTATIONS = [
     Mutation(
         "the allocator finds the ring", "the allocator keeps off the ring", "image/allocator.py",
         "if cluster not in self.held and cluster not in known and not self.overlaps.what(cluster):",
-        "if cluster not in self.held and cluster not in known:",
+        "if cluster not in self.held and cluster not in known:", "test_file_length.py",
     ),
     Mutation(
         "a token is kept when the last page went home", "tokens are what pending pages need", "going.py",

@@ -142,3 +142,18 @@ def test_what_holds_data_before_a_journal_of_a_killed_server_stays(tmp_path: Pat
     settle(engine, detach(disk))
     assert sim.current_size == (ring - 3) * size
     assert sim.peek((ring - 4) * size, size) == b"d" * size
+
+
+def test_the_free_clusters_of_a_killed_server_are_found_without_its_journal(tmp_path: Path, shape: Shape) -> None:
+    sim = shape.make(tmp_path)
+    engine, disk = begin(sim, shape, looked_at=True)
+    write(engine, disk, 0)
+    settle(engine, drain(disk))
+    engine, disk = begin(sim, shape, looked_at=True)
+    allocator = disk.allocator
+    assert allocator.counted is not None
+    run_simply(allocator.counted.go_on(1 << 30))
+    run_simply(allocator.grow_pool(allocator.end))
+    ring, behind = allocator.ring_clusters
+    free = {*allocator.pool, *allocator.found}
+    assert min(free) < ring and not free & set(range(ring, behind))
