@@ -14,9 +14,9 @@ Where one works at a time on a shared CPU, the threads are SCHED_BATCH as well. 
 receive the next request before the one that has this request answers it, and what is woken takes the CPU at once:
 twice from one thread to another for each request. A SCHED_BATCH thread waits until the CPU is left to it, and by then
 the first one receives the next request itself, as with a single thread. Requests a second at depth 1, shared CPU,
-without and with it: reads 8,100 and 10,500, sequential writes 8,100 and 9,100; in a quieter hour 13,500 and 14,000,
-9,500 and 9,900. Its price: they wait longer where others compute on that CPU (two busy loops on two CPUs: 5,900 and
-5,300 reads), which the comparison sees.
+without and with it: reads 13,500 and 14,000, sequential writes 9,500 and 9,900; in a busier hour, with the background
+under that policy as well, 8,100 and 10,500, 8,100 and 9,100. Its price: they wait longer where others compute on that
+CPU (two busy loops on two CPUs: 5,900 and 5,300 reads; in the first six seconds of the choice below 5,400 and 4,300).
 
 What tells the two loads apart is the time from the end of a callback to the start of the next: a client's way round
 takes 25 us or more, from a queue comes the next request in 5.
