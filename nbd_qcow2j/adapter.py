@@ -22,7 +22,7 @@ import traceback
 from _thread import get_ident, get_native_id
 from dataclasses import replace
 from time import perf_counter_ns
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import nbdkit
 
@@ -33,10 +33,12 @@ from .cpus import Cpus
 from .driver import Device, open_device
 from .errors import Error
 from .lifecycle import SocketFile, StartGuard, Stopper, uninterrupted
-from .metrics import MetricsServer, start_metrics
 from .nbdkit_words import is_read_only, own_words
 from .options import UNITS, Options, describe_options, parse_options
 from .thread_state import connection_closes, connection_opens, keep, kept
+
+if TYPE_CHECKING:
+    from .metrics import MetricsServer
 
 # The errnos that NBD can tell a client apart; anything else is EIO.
 _TOLD = frozenset(
@@ -179,6 +181,9 @@ def get_ready() -> None:
     try:
         with uninterrupted(_close):
             if _options.metrics is not None:
+                # Not at the top: prometheus_client is a twelfth of a start, which most who serve do not need.
+                from .metrics import start_metrics  # noqa: PLC0415
+
                 with _stopper.own_listeners():
                     _metrics = start_metrics(_options.metrics)
             _device = open_device(_options)

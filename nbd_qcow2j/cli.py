@@ -26,15 +26,20 @@ def _names() -> list[str]:
     return sorted(there, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
 
 
-def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
+def _parse(words: list[str], names: Sequence[str], command: str | None) -> argparse.Namespace:
+    """The arguments, where `command` is the first word, if that is one of `names`."""
     parser = argparse.ArgumentParser(
         prog="nbd-qcow2j", description="Serve a qcow2 image over NBD with a journal, and look after such images."
     )
     parser.add_argument("--version", action="version", version=f"nbd-qcow2j {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name in names:
+    for name in [command] if command else names:
         importlib.import_module(f"{commands.__name__}.{name}").add_parser(subparsers)
-    return parser
+    if not command:
+        return parser.parse_args(words)
+    # Options may stand anywhere: without "intermixed" an option between IMAGE and SIZE would be the end of both.
+    found: argparse.ArgumentParser = subparsers.choices[command]
+    return found.parse_intermixed_args(words[1:], argparse.Namespace(command=command))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         split = words.index("--")
         words, passed_on = words[:split], words[split + 1 :]
     try:
-        arguments = _parser([command] if command else names).parse_args(words)
+        arguments = _parse(words, names, command)
         arguments.passed_on = passed_on
         code: int = importlib.import_module(f"{commands.__name__}.{arguments.command}").run(arguments)
         sys.stdout.flush()

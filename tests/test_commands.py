@@ -99,6 +99,16 @@ def test_create_takes_sizes_as_qemu_img_does(tmp_path: Path) -> None:
         assert qemu_info(image)["virtual-size"] == qemu_info(other)["virtual-size"] == expected
 
 
+@pytest.mark.parametrize(
+    "words", ["IMAGE --cluster-size 4K 1M", "--cluster-size 4K IMAGE 1M", "IMAGE 1M --cluster-size=4K"]
+)
+def test_options_may_stand_anywhere(words: str, tmp_path: Path) -> None:
+    image = tmp_path / "new.qcow2"
+    given = (str(image) if word == "IMAGE" else word for word in words.split())
+    assert said("create", *given) == f"created {image}, 1M\n"
+    assert (qemu_info(image)["cluster-size"], qemu_info(image)["virtual-size"]) == (4096, 1 << 20)
+
+
 def test_create_never_overwrites_and_refuses_in_one_line(tmp_path: Path) -> None:
     image, base = tmp_path / "image.qcow2", tmp_path / "base.raw"
     image.write_text("precious")

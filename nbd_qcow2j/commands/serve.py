@@ -25,7 +25,6 @@ from urllib.parse import quote
 from ..announcement import BEFORE_FORK, ONCE_LISTENING
 from ..errors import Error, OptionError, printable
 from ..format.header import check_usable, journal_extension_of, parse_header
-from ..format.journal import Location
 from ..image.backing import open_backing
 from ..locks import READER, WRITER
 from ..nbdkit_words import is_read_only, split_keys
@@ -149,6 +148,9 @@ def check_image(options: Options) -> None:
         check_usable(header, write=not options.read_only, name=path)
         extension = journal_extension_of(header)
         if extension is not None:
+            # Not at the top: with crc32c it is a fifth of this process's time, and nearly no image has a journal here.
+            from ..format.journal import Location  # noqa: PLC0415
+
             Location.from_bytes(extension, cluster_size=header.geometry.cluster_size, name=path)
         backing = open_backing(header, path, policy=options.backing, opener=FileStorage.open_backing)
         if backing is not None:
