@@ -2,7 +2,8 @@
 
 What costs less on one machine costs more on another, and a load may change while it is measured. So the two ways are
 gone A B B A, and once more B A A B where that does not tell them apart; medians count, the way in use stays unless
-the other is clearly ahead, and the question is asked again later: seldom, while the answer stays the same.
+the other is clearly ahead, and the question is asked again later: seldom, while the answer stays the same, and sooner
+where the way in use has come to cost twice what it did.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ _CLEARLY, _AHEAD = 0.95, 0.97
 """How much less each turn of one way must cost than each of the other to end it early; and the median at the end."""
 REST, LONGEST_REST = 100, 400
 """Turns between two comparisons: at first, and after many that changed nothing."""
+_DEAR, _DEAR_TURNS = 2.0, 5
+"""A load that is another now, or others on the same CPU: so many times what it cost, for so many turns in a row."""
+_EARLIEST = 5
+"""Not before one in so many of the turns of its rest: costs that come and go are no reason to try all the time."""
 
 
 class Comparison:
@@ -26,16 +31,26 @@ class Comparison:
         self._costs: list[float] = []
         self._pause = REST
         self._resting = 1
+        self._usual = float("inf")
+        """What a turn of the way in use cost when it was chosen."""
+        self._dear = 0
+        """Turns in a row that cost much more."""
 
     def next(self, cost: float) -> bool:
         """A turn, gone the way that was said last, has cost so much: which way to go now."""
         if self._resting:
             self._resting -= 1
+            self._dear = self._dear + 1 if cost > self._usual * _DEAR else 0
+            if self._dear >= _DEAR_TURNS and self._resting <= self._pause - self._pause // _EARLIEST:
+                self._resting = 0
             return self.better
         self._costs.append(cost)
         other = self._is_other_ahead()
         if other is None:
             return self.better is not _TURNS[len(self._costs)]
+        # The turns at the same places are those of the way that was chosen.
+        self._usual = median(cost for turn, cost in zip(_TURNS, self._costs, strict=False) if turn is other)
+        self._dear = 0
         self._pause = REST if other else min(2 * self._pause, LONGEST_REST)
         self.better = self.better is not other
         self.abandon()

@@ -61,6 +61,32 @@ def test_what_has_become_cheaper_is_found_by_and_by() -> None:
     assert it.better
 
 
+def test_where_the_way_in_use_has_become_dear_the_question_is_asked_soon() -> None:
+    # Asked again and again, and always answered the same: the rest is at its longest.
+    it = Comparison()
+    go(it, 20 * REST, lambda turn, way: 140 if way else 100)
+    while it.next(100) is it.better:
+        pass
+    go(it, TURNS, lambda turn, way: 140 if way else 100)
+    ways = go(it, LONGEST_REST, lambda turn, way: 140 if way else 300)
+    assert ways.index(True) <= LONGEST_REST // 5 + TURNS and it.better
+
+
+def test_a_dearness_that_both_ways_share_is_asked_about_once() -> None:
+    it = Comparison()
+    go(it, 5 + REST // 2, lambda turn, way: 140 if way else 100)
+    ways = go(it, LONGEST_REST // 2, lambda turn, way: 500 if way else 300)
+    assert 2 <= ways.count(True) <= TURNS // 2 and not it.better
+
+
+@pytest.mark.parametrize("dear", [1, 4])
+def test_what_was_dear_for_a_moment_is_no_reason_to_ask(dear: int) -> None:
+    it = Comparison()
+    go(it, 5, lambda turn, way: 140 if way else 100)
+    ways = go(it, REST - 1, lambda turn, way: 1000 if turn % 5 < dear else 100)
+    assert not any(ways)
+
+
 def test_one_turn_that_was_disturbed_decides_nothing() -> None:
     for disturbed in range(1 + TURNS):
         it = Comparison()
@@ -78,8 +104,8 @@ def test_what_was_measured_before_the_load_changed_is_not_used(turns: int) -> No
     assert it.better and ways[-1]
 
 
-@given(st.lists(st.integers(1, 1000), min_size=400, max_size=400))
-def test_whatever_turns_cost_most_go_the_way_in_use(costs: list[int]) -> None:
+@given(st.binary(min_size=400, max_size=400))
+def test_whatever_turns_cost_most_go_the_way_in_use(costs: bytes) -> None:
     it = Comparison()
     way, strayed, changes = False, 0, 0
     for cost in costs:
@@ -87,6 +113,7 @@ def test_whatever_turns_cost_most_go_the_way_in_use(costs: list[int]) -> None:
         way = it.next(cost)
         strayed += way is not it.better
         changes += before is not it.better
-    comparisons = len(costs) // (REST + TURNS // 2) + 1
+    # The worst costs are asked about after a fifth of each rest.
+    comparisons = len(costs) // (REST // 5 + TURNS // 2) + 1
     assert strayed <= comparisons * TURNS // 2
     assert changes <= comparisons
