@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 TOP = Path(__file__).resolve().parents[1]
 PROGRAM = Path(sys.executable).with_name("nbd-qcow2j")
@@ -31,6 +32,10 @@ STOP_SECONDS = 30.0
 SAID_ALL = "Ctrl-C ends it.\n"
 """The last line that a server in the foreground prints when it serves."""
 
+
+# Nothing here fails for a slow machine: no test is a test of time.
+settings.register_profile("any machine", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 _proved: Counter[str] = Counter()
 
