@@ -4,8 +4,7 @@ The handle of a connection is the device itself, so that a request is one call a
 several requests at once over several connections: all of them see one device and one order of flushes
 (multi-conn is meant), and every request runs in the thread of nbdkit that brought it.
 
-An error reaches a client as an errno and nothing else; `_refusal` is the one place that chooses it. The reason
-goes to nbdkit's log in one line, and an error that nobody foresaw to its debug log with its traceback.
+An error reaches a client as an errno and nothing else (refusals.py).
 
 What can fail is done in `get_ready`, while the person who started the server still sees it.
 """
@@ -13,12 +12,10 @@ What can fail is done in `get_ready`, while the person who started the server st
 from __future__ import annotations
 
 import atexit
-import errno
 import os
 import sys
 import threading
 import time
-import traceback
 from _thread import get_ident, get_native_id
 from dataclasses import replace
 from time import perf_counter_ns
@@ -35,16 +32,11 @@ from .errors import Error
 from .lifecycle import SocketFile, StartGuard, Stopper, uninterrupted
 from .nbdkit_words import is_read_only, own_words
 from .options import UNITS, Options, describe_options, parse_options
+from .refusals import explain, refusal
 from .thread_state import connection_closes, connection_opens, keep, kept
 
 if TYPE_CHECKING:
     from .metrics import MetricsServer
-
-# The errnos that NBD can tell a client apart; anything else is EIO.
-_TOLD = frozenset(
-    {errno.EPERM, errno.EIO, errno.ENOMEM, errno.EINVAL, errno.ENOSPC, errno.EOVERFLOW, errno.ENOTSUP, errno.ESHUTDOWN}
-)
-_SAME_AS = {errno.EACCES: errno.EPERM, errno.EROFS: errno.EPERM, errno.EDQUOT: errno.ENOSPC, errno.EFBIG: errno.ENOSPC}
 
 _FUA: int = nbdkit.FLAG_FUA
 _MAY_TRIM: int = nbdkit.FLAG_MAY_TRIM
@@ -65,70 +57,9 @@ _CACHE = OPERATIONS["cache"]
 _BLOCK_STATUS = OPERATIONS["block_status"]
 
 
-# ---- Errors -----------------------------------------------------------------------------------------
-
-
-class _Refusal(Exception):
-    """What a callback raises after it has chosen the client's errno: its text is all that is logged."""
-
-
-_format_exception = traceback.format_exception
-
-
-def _format_refusal(*args: Any, **kwargs: Any) -> list[str]:
-    """`traceback.format_exception`, which nbdkit calls to log what a callback raised.
-
-    A refusal is explained by its text; a traceback would bury it.
-    """
-    refusal = next((arg for arg in args if isinstance(arg, _Refusal)), None)
-    if refusal is None:
-        return _format_exception(*args, **kwargs)
-    # nbdkit 1.32 keeps for ever what a callback raised, and with it the frames that it went through.
-    traceback.clear_frames(refusal.__traceback__)
-    return [str(refusal)]
-
-
-traceback.format_exception = _format_refusal
-
-
-def _errno_for(error: BaseException) -> int:
-    if isinstance(error, MemoryError):
-        return errno.ENOMEM
-    code = error.errno if isinstance(error, Error | OSError) else None
-    code = _SAME_AS.get(code or errno.EIO, code)
-    return code if code in _TOLD else errno.EIO
-
-
-def _refusal(error: BaseException) -> _Refusal:
-    """What to raise instead of `error`, with the client's errno set."""
-    if not isinstance(error, Error | OSError):
-        nbdkit.debug("".join(_format_exception(error)))
-    nbdkit.set_error(_errno_for(error))
-    _forget_frames(error)
-    return _Refusal(_explain(error))
-
-
-def _forget_frames(error: BaseException) -> None:
-    """A refusal is never freed (`_format_refusal`) and leads to `error`: not to the buffers that this has met too."""
-    seen: set[int] = set()
-    found: list[BaseException | None] = [error]
-    while found:
-        each = found.pop()
-        if each is not None and id(each) not in seen:
-            seen.add(id(each))
-            each.__traceback__ = None
-            found += (each.__cause__, each.__context__)
-
-
-def _explain(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error) if isinstance(error, Error) else f"internal error: {error!r}"
-
-
 def _fail(counters: OperationCounters, error: BaseException) -> NoReturn:
     counters.errors += 1
-    raise _refusal(error) from None
+    raise refusal(error) from None
 
 
 # ---- Starting and ending ----------------------------------------------------------------------------
@@ -166,7 +97,7 @@ def config_complete() -> None:
         if is_read_only(own_words()):
             _options = replace(_options, read_only=True)
     except Exception as error:
-        raise _refusal(error) from None
+        raise refusal(error) from None
 
 
 def thread_model() -> int:
@@ -190,7 +121,7 @@ def get_ready() -> None:
         _start_guard.arm(_close)
         Announcement(BEFORE_FORK).say()
     except Exception as error:
-        raise _refusal(error) from None
+        raise refusal(error) from None
 
 
 def after_fork() -> None:
@@ -210,7 +141,7 @@ def after_fork() -> None:
         calm()
         _announcement.say()
     except Exception as error:
-        raise _refusal(error) from None
+        raise refusal(error) from None
 
 
 def cleanup() -> None:
@@ -221,7 +152,7 @@ def cleanup() -> None:
     except Exception as error:
         # nbdkit logs what is raised and exits with 0 all the same: a supervisor must see that the journal stays.
         atexit.register(os._exit, 1)
-        raise _refusal(error) from None
+        raise refusal(error) from None
 
 
 def _close() -> None:
@@ -252,7 +183,7 @@ def _leave() -> None:
     try:
         _close()
     except Exception as error:
-        print(f"nbd-qcow2j: {_explain(error)}", file=sys.stderr, flush=True)
+        print(f"nbd-qcow2j: {explain(error)}", file=sys.stderr, flush=True)
         code = 1
     # Not `sys.exit`: this is not the main thread, and that one does not come back.
     os._exit(code)
@@ -277,7 +208,7 @@ def default_export(readonly: bool, is_tls: bool) -> str:
 def open_connection(readonly: bool) -> Device:
     """The handle of a connection: the device."""
     if _device is None:
-        raise _refusal(Error("the server is closing")) from None
+        raise refusal(Error("the server is closing")) from None
     connection_opens()
     return _device
 

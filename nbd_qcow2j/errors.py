@@ -5,7 +5,7 @@
 `ImageError`    the file is not what the specification says, or uses what is not served: refuse to open.
 `DeviceFailed`  a write or a sync was lost: the device is latched, reads go on (design: invariant 7).
 
-Each carries an errno; `adapter.py` is the one place that maps them to NBD. A message says what, where,
+Each carries an errno; `refusals.py` is the one place that maps them to NBD. A message says what, where,
 expected and found, on one line, without a traceback.
 """
 

@@ -205,7 +205,7 @@ def test_a_request_that_fails_keeps_no_memory(
     make_image: Callable[..., Path], serve: Callable[..., Server], tmp_path: Path
 ) -> None:
     # nbdkit never frees what a callback raised: a MiB of compressed cluster stayed for each of these.
-    # Breakage: adapter.py: each.__traceback__ = None -> pass
+    # Breakage: refusals.py: each.__traceback__ = None -> pass
     import nbd  # noqa: PLC0415
 
     raw, path = tmp_path / "raw", tmp_path / "compressed.qcow2"
