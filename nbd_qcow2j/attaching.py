@@ -141,10 +141,12 @@ def _tidy(disk: Disk, location: Location) -> Operation[None]:
     )
     last = max(
         last, overlaps.l1[1], overlaps.reftable[1], max(overlaps.tables, default=0) + 1,
-        max(overlaps.blocks, default=0) + 1,
+        max(overlaps.blocks, default=0) + 1, max(overlaps.kept, default=0) + 1,
     )  # fmt: skip
+    unused: list[tuple[int, int]] = []
     if counted is None or not counted.holds:
-        last = max(last, (yield from _end_before(disk, location.offset // size)))
+        end, unused = yield from _before(disk, location.offset // size)
+        last = max(last, end)
     if last * size < file_size:
         yield Truncate(file, last * size)
     free = sorted(each for each in disk.allocator.pool if each < last)
@@ -153,27 +155,37 @@ def _tidy(disk: Disk, location: Location) -> Operation[None]:
             yield Punch(file, location.offset, location.length)
         for first, count in runs_of(free):
             yield Punch(file, first * size, count * size)
+        for offset, length in unused:
+            if offset < last * size:
+                # It reads as zeros before and after: a killed server's pool took space for it.
+                yield Punch(file, offset, length)
     except OSError as error:
         # A file system may need room to give some back; what stays is free in the image all the same.
         if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS) and error.errno not in NO_ROOM:
             raise
 
 
-def _end_before(disk: Disk, ring: int) -> Operation[int]:
-    """One past the last cluster before the journal, which begins at cluster `ring`, that is not to be cut off."""
+def _before(disk: Disk, ring: int) -> Operation[tuple[int, list[tuple[int, int]]]]:
+    """One past the last cluster before the journal, which begins at cluster `ring`, that is not to be cut off.
+
+    And (offset, length) of the pieces before it, bytes, that hold no data.
+    """
     if disk.allocator.scan_end <= ring:
         # Attached in this session: what lies between is ours.
-        return disk.allocator.scan_end
+        return disk.allocator.scan_end, []
     # A killed server attached it. As far as a journal has room before it that is ours, too; but one of an earlier
     # version has none, so nothing is cut off that holds data.
     size = disk.geometry.cluster_size
     first = max(0, ring - room_before(disk.geometry))
     end = position = first * size
+    unused = []
     for length, data in (yield DataRuns(disk.file, position, ring * size - position)):
-        position += length
         if data:
-            end = position
-    return -(-end // size)
+            end = position + length
+        else:
+            unused.append((position, length))
+        position += length
+    return -(-end // size), unused
 
 
 def _stages(file: Storage, plan: HeaderPlan) -> Operation[None]:

@@ -103,6 +103,25 @@ def test_named_data_without_a_refcount_is_not_handed_out(image: Image, table: in
     assert image.holds()
 
 
+@pytest.mark.parametrize("behind", [0, 3])
+@pytest.mark.parametrize("table", range(TABLES))
+def test_what_is_named_right_behind_the_end_is_not_handed_out(image: Image, table: int, behind: int) -> None:
+    # Another program wrote the table, and a cut took the refcount and the data.
+    host = -(-image.sim.current_size // CLUSTER) + behind
+    l2 = image.number(image.header.l1_offset + 8 * table) & MASK
+    image.put(l2 + 8 * 5, (1 << 63 | host * CLUSTER).to_bytes(8, "big"))
+    engine, disk = image.open()
+    settle(engine, changes.write(disk, b"n" * CLUSTER, 9 * CLUSTER))
+    assert disk.corrupt == f"L1 entry {table} leads to host cluster {host}, which has no refcount"
+    ask_for_room(engine, disk)
+    assert host not in {*disk.allocator.pool, *disk.allocator.found}
+    entry, _ = disk.mapping.find(9)
+    assert (entry & MASK) // CLUSTER >= disk.allocator.ring_clusters[1]
+    settle(engine, detach(disk))
+    assert image.is_marked
+    assert image.holds()
+
+
 def test_nothing_is_cut_off_below_what_was_there(image: Image) -> None:
     # The refcount block is gone: by the refcounts alone the file would end behind its header.
     image.put(image.header.refcount_table_offset, bytes(8))
@@ -256,6 +275,21 @@ def snapshot_image(path: Path, count: int = 1) -> Image:
         run("qemu-img", "snapshot", "-c", str(number), path)
         run("qemu-io", "-f", "qcow2", "-c", f"write -P {8 + number} 0 8k", path)
     return Image(SimDisk.from_file(path))
+
+
+def test_the_snapshot_table_is_not_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "s.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", path, "8M")
+    run("qemu-img", "snapshot", "-c", "one", path)
+    image = Image(SimDisk.from_file(path))
+    table = image.header.snapshots_offset
+    kept = image.bytes(table, 40)
+    assert image.sim.current_size <= table + CLUSTER, "it is the last cluster"
+    image.uncount(table // CLUSTER)
+    engine, disk = image.open()
+    settle(engine, detach(disk))
+    assert disk.allocator.counted is not None and disk.allocator.counted.holds
+    assert any(kept) and image.bytes(table, 40) == kept
 
 
 def test_two_who_ask_of_snapshots_at_once_are_answered(tmp_path: Path) -> None:

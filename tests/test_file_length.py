@@ -14,7 +14,7 @@ from nbd_qcow2j import changes
 from nbd_qcow2j.attaching import detach
 from nbd_qcow2j.checkpoint import drain
 from nbd_qcow2j.disk import Disk
-from nbd_qcow2j.steps import run_simply
+from nbd_qcow2j.steps import Operation, run_simply
 
 SHAPES = [
     Shape("cluster_size=512,refcount_bits=64", 1 << 20, journal=1 << 21),
@@ -45,8 +45,14 @@ def begin(sim: SimDisk, shape: Shape, *, looked_at: bool) -> tuple[Engine, Disk]
     if not looked_at:
         # As where there are more tables than a session looks at.
         assert disk.allocator.counted is not None
-        disk.allocator.counted.finished = True
+        disk.allocator.counted.go_on = never  # type: ignore[method-assign]
     return engine, disk
+
+
+def never(entries: int = 0) -> Operation[bool]:
+    """Nothing is looked at."""
+    return False
+    yield
 
 
 def write(engine: Engine, disk: Disk, cluster: int) -> None:
@@ -126,6 +132,42 @@ def test_kills_do_not_make_the_file_longer(tmp_path: Path, shape: Shape) -> None
     assert len(set(lengths)) == 1
     _, disk = begin(sim, shape, looked_at=True)
     assert written(disk, range(1))
+
+
+@pytest.mark.usefixtures("holes")
+def test_what_a_killed_server_had_before_its_journal_and_did_not_use_takes_no_space(
+    tmp_path: Path, shape: Shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sim = shape.make(tmp_path)
+    engine, disk = begin(sim, shape, looked_at=False)
+    first, (ring, behind) = disk.allocator.end, disk.allocator.ring_clusters
+    size = disk.geometry.cluster_size
+    page = min(size, 4096)
+    settle(engine, changes.write(disk, b"p" * page, 0))
+    settle(engine, disk.flush())
+    assert disk.allocator.end > first, "the pool has begun before the journal"
+    # Killed: the page goes home behind the journal, so the file cannot be cut off before it.
+    engine, disk = begin(sim, shape, looked_at=False)
+    punched: set[int] = set()
+    punch = SimStorage.punch
+
+    def note(storage: SimStorage, offset: int, length: int) -> None:
+        punched.update(range(offset // size, (offset + length) // size))
+        punch(storage, offset, length)
+
+    monkeypatch.setattr(SimStorage, "punch", note)
+    settle(engine, detach(disk))
+    no_leaks(sim, plain=True)
+    empty = {each for each in range(first, ring) if not any(sim.peek(each * size, size))}
+    assert sim.current_size > behind * size
+    # The journal is aligned: what that left is not part of the room.
+    assert len(empty) > (ring - first) // 2 and len(empty - punched) * size < 4096
+    used = {each for each in range(sim.current_size // size) if disk.allocator.refcount(each)}
+    assert not used & punched
+    _, disk = begin(sim, shape, looked_at=True)
+    data = bytearray(page)
+    run_simply(disk.read_into(memoryview(data), 0))
+    assert data == b"p" * page
 
 
 @pytest.mark.usefixtures("holes")

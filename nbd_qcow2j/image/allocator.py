@@ -26,13 +26,13 @@ from ..format.header_rewrite import set_refcount_table
 from ..format.tables import REFTABLE_OFFSET_MASK
 from ..geometry import Geometry
 from ..steps import Allocate, Gate, Operation, Punch, Wait, Write, ZeroRange
+from .counted import BEFORE_GROWTH, Counted
 from .overlap import Overlaps
 from .tables import HeaderSector, RefcountBlock, Table, TableCache
 
 if TYPE_CHECKING:
     from ..journal.log import Log
     from ..storage import Storage
-    from .counted import Counted
 
 MAX_REFTABLE_BYTES = 8 << 20
 """Limit: as in qemu."""
@@ -308,6 +308,9 @@ class Allocator:
             if ring <= self.end < behind or (self.end < ring and index >= len(entries)):
                 # A larger refcount table, and what it leads to, has no place before the ring.
                 self.end = behind
+            elif self.end < ring and (yield from self._in_doubt()):
+                # Order: asked before the first of them is taken, for it has a refcount from then on.
+                self.end = behind
             elif index < len(entries) and entries[index] & REFTABLE_OFFSET_MASK != self._block_offset(index):
                 # What a bad block counts is not ours to hand out.
                 self.end = (index + 1) * per_block
@@ -339,6 +342,13 @@ class Allocator:
                 raise
             del clusters[0]
         self.pool.extend(clusters)
+
+    def _in_doubt(self) -> Operation[bool]:
+        """Whether what lies right behind the old end may be named already. A table that was cut off names that."""
+        if self.counted is None:
+            return False
+        yield from self.counted.go_on(BEFORE_GROWTH)
+        return self.counted.finished and not self.counted.holds
 
     def _new_block(self, index: int, cluster: int) -> Operation[None]:
         """Create a refcount block in a cluster that it counts itself."""
