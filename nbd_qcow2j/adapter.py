@@ -130,18 +130,24 @@ def after_fork() -> None:
     assert _device is not None
     _start_guard.disarm()
     try:
+        _socket_file = SocketFile(_options.remove_socket)
         _cpus = Cpus(_options.cpu, OPERATIONS.values())
         _device.start(_cpus.in_background)
         if _metrics is not None:
             _metrics.serve(_device.statistics, OPERATIONS, in_flight)
-        _socket_file = SocketFile(_options.remove_socket)
         # Should nbdkit end without `cleanup`, Python's own end is the last chance to detach.
         atexit.register(_close)
         _stopper.watch(_socket_file)
         calm()
         _announcement.say()
     except Exception as error:
-        raise refusal(error) from None
+        raised = refusal(error)
+        try:
+            # nbdkit ends without `cleanup`: no thread or descriptor to be had is no reason to stay attached.
+            _close()
+        except Exception as second:
+            print(f"nbd-qcow2j: {explain(second)}", file=sys.stderr, flush=True)
+        raise raised from None
 
 
 def cleanup() -> None:

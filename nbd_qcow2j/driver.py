@@ -132,7 +132,8 @@ class Device:
     def start(self, begin: Callable[[], object] = lambda: None) -> None:
         """Start the writer: after the fork, a thread started earlier would be lost.
 
-        `begin` is called by its threads before each thing they do (cpus.py).
+        `begin` is called by its threads before each thing they do (cpus.py). Raises OSError, RuntimeError; then the
+        device can be closed.
         """
         if not self.read_only and self._writer is None:
             self._writer = Writer(

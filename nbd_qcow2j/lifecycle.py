@@ -34,6 +34,9 @@ from collections.abc import Callable, Collection, Iterator
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """Those on which nbdkit ends: a closed terminal and Ctrl-\\ are no reason to stay attached either."""
 GRACE_SECONDS = 1.0
+SPARE_DESCRIPTORS = 8
+"""Kept to look at connections with when their clients have taken all others: one to list them, one for a duplicate,
+and what nbdkit takes for the client that it was accepting."""
 # How long nothing may have arrived on a connection for it to be idle: between two looks.
 SWEEP_SECONDS = 0.05
 
@@ -203,6 +206,7 @@ class Stopper:
         self._thread: threading.Thread | None = None
         self._wake: socket.socket | None = None
         self._receive: socket.socket | None = None
+        self._spare: list[int] = []
 
     @contextlib.contextmanager
     def own_listeners(self) -> Iterator[None]:
@@ -226,6 +230,7 @@ class Stopper:
         # Both ends stay open to the last: Python complains of a signal that it cannot write down.
         self._receive, self._wake = socket.socketpair()
         self._wake.setblocking(False)
+        self._spare = [os.dup(self._receive.fileno()) for _ in range(SPARE_DESCRIPTORS)]
         self._thread = threading.Thread(
             target=self._run, args=(self._receive, self.nbd_addresses(), socket_file), name="stopper", daemon=True
         )
@@ -241,9 +246,14 @@ class Stopper:
             return
         self._shutdown()
         socket_file.remove()
+        # Order: no more clients are accepted now, who would take them.
+        while self._spare:
+            os.close(self._spare.pop())
         empty: frozenset[int] = frozenset()
         for _ in range(round(GRACE_SECONDS / SWEEP_SECONDS)):
-            empty = shut_idle(addresses, empty)
+            # Without a descriptor to look with there is still `leave`.
+            with contextlib.suppress(OSError):
+                empty = shut_idle(addresses, empty)
             if self._ended.wait(SWEEP_SECONDS):
                 return
         self._leave()

@@ -95,10 +95,14 @@ class Writer:
         self._thread = threading.Thread(target=self._main, name="writer", daemon=True)
         self._scope: trio.CancelScope | None = None
         self._token: trio.lowlevel.TrioToken | None = None
+        self._failure: BaseException | None = None
 
     def start(self) -> None:
+        """Return when the tasks run. Raises OSError, RuntimeError where there is no descriptor or thread for them."""
         self._thread.start()
         self._started.wait()
+        if self._failure is not None:
+            raise self._failure
 
     def stop(self) -> None:
         """End the tasks and wait for the step that runs. Called when no request is in flight."""
@@ -129,7 +133,11 @@ class Writer:
         try:
             trio.run(self._tasks)
         except BaseException as error:
-            self.run(_latch(self.disk, error))
+            if self._token is None:
+                # Nothing has begun: who starts us is told, and can still close.
+                self._failure = error
+            else:
+                self.run(_latch(self.disk, error))
         finally:
             self._started.set()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import socket
 import struct
@@ -18,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import PLUGIN, Server, answers, free_port, is_attached, poll, run
+from conftest import PLUGIN, PROGRAM, SAID_ALL, Server, answers, free_port, is_attached, poll, run
 
 from nbd_qcow2j import lifecycle
 
@@ -244,6 +245,49 @@ def test_the_server_ends_when_nbdkit_wants_it_without_a_signal(image: Path, shor
     assert not answers(path)
     assert_plain(image)
     assert "Pattern verification failed" not in run("qemu-io", "-r", "-c", "read -P 7 0 64k", image).stdout
+
+
+def test_clients_that_take_all_descriptors_do_not_hold_the_server(serve: Callable[..., Server], image: Path) -> None:
+    server = serve(image)
+    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (64, 64))
+    with ExitStack() as clients:
+        clients.enter_context(idle_client(server))
+        for _ in range(64):
+            client = clients.enter_context(socket.socket(socket.AF_UNIX))
+            client.settimeout(1)
+            client.connect(str(server.path))
+            try:
+                refused = not client.recv(18)
+            except (TimeoutError, ConnectionError):
+                refused = True
+            if refused:
+                break
+        assert refused and len(os.listdir(f"/proc/{server.pid}/fd")) > 55
+        server.stop(seconds=STOP_SECONDS)
+    assert "Traceback" not in server.log
+    assert not is_attached(image)
+    run("qemu-img", "check", "-q", image)
+
+
+@pytest.mark.parametrize("descriptors", [8, 11, 14, 20, 26, 38])
+def test_a_start_with_too_few_descriptors_leaves_a_plain_image(
+    descriptors: int, image: Path, short_path: Path, tmp_path: Path
+) -> None:
+    path, log = short_path / "s", tmp_path / "log"
+    with log.open("wb") as out:
+        words = ["prlimit", f"--nofile={descriptors}", PROGRAM, "serve", image, "--socket", path]
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+    # It fails, or serves: where what is there is enough for one client it also ends as it should.
+    poll(lambda: process.poll() is not None or SAID_ALL in log.read_text(), what="a failure or a server", seconds=30)
+    if process.poll() is None:
+        process.terminate()
+        assert process.wait(30) == 0, log.read_text()
+    else:
+        assert process.returncode == 1 and "Too many open files" in log.read_text(), log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert not is_attached(image)
+    assert not path.exists()
+    run("qemu-img", "check", "-q", image)
 
 
 def test_a_socket_file_that_may_not_be_removed_is_no_reason_not_to_go_on(
