@@ -91,6 +91,18 @@ def test_an_overlay_has_the_size_of_what_lies_beneath_and_shows_it(tmp_path: Pat
     assert handle.pread(1_000_010, 0) == b"b" * 1_000_000 + bytes(10)
 
 
+def test_the_size_is_that_of_the_file_that_is_served(tmp_path: Path, serve: Any) -> None:
+    # Both names are there: qemu-img, as the server, takes what stands behind "file:".
+    (tmp_path / "file:base.raw").write_bytes(b"w" * 4096)
+    (tmp_path / "base.raw").write_bytes(b"b" * 1_000_448)
+    (tmp_path / "b:1").write_bytes(b"c" * 8192)
+    for name, size, content in (("file:base.raw", 1_000_448, b"b"), ("./b:1", 8192, b"c")):
+        top = tmp_path / f"top-{size}.qcow2"
+        run(PROGRAM, "create", top, "-b", name, "-F", "raw")
+        handle = serve(top).connect()
+        assert (handle.get_size(), bytes(handle.pread(1, 0))) == (size, content)
+
+
 def test_create_takes_sizes_as_qemu_img_does(tmp_path: Path) -> None:
     for size, expected in (("1000000", 1_000_448), ("1.5G", 3 << 29), ("1.3M", 1_363_456)):
         image, other = tmp_path / f"{size}.qcow2", tmp_path / f"{size}.by-qemu"
@@ -122,6 +134,7 @@ def test_create_never_overwrites_and_refuses_in_one_line(tmp_path: Path) -> None
         ((new, "1.5"), "size: expected a size: a whole number of bytes, or a number with K, M, G or T, found '1.5'"),
         ((new, "1M", "-b", base), "-b and -F go together: the format of a backing file is never guessed"),
         ((new, "1M", "-b", "none", "-F", "raw"), f"{tmp_path}/none: No such file or directory"),
+        ((new, "-b", "b:1", "-F", "raw"), "-b: b:1 names no file, for it begins like a protocol; ./NAME would"),
         ((new, "1M", "-b", base, "-F", "qcow2"), f"{base} is not a qcow2 image, expected 514649fb, found 00000000"),
         ((new, "1M", "--cluster-size", "3000"), "cluster size: expected a power of two from 512 to 2M, found 3000"),
         ((tmp_path / "no" / "x", "1M"), f"{tmp_path}/no/x: No such file or directory"),

@@ -6,10 +6,11 @@ import argparse
 import os
 from typing import Any
 
-from ..errors import OptionError
+from ..errors import OptionError, printable
 from ..format.create import new_image
 from ..format.header import parse_header
 from ..geometry import SECTOR
+from ..image.backing import backing_path
 from ..options import format_size, parse_size
 
 
@@ -53,7 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise OptionError("-b and -F go together: the format of a backing file is never guessed")
     size = _size("size", arguments.size) if arguments.size is not None else None
     if backing is not None:
-        path = os.path.join(os.path.dirname(os.path.abspath(arguments.image)), backing)
+        path = backing_path(backing, arguments.image)
+        if path is None:
+            raise OptionError(f"-b: {printable(backing)} names no file, for it begins like a protocol; ./NAME would")
         with open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
             if arguments.backing_format == "qcow2":

@@ -194,6 +194,17 @@ def _identity(path: str) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
+def backing_path(name: str, image_path: str) -> str | None:
+    """The file that an image at `image_path` means by the name of its backing file; None where that is none.
+
+    What another program would take for a protocol (`nbd:`, `json:`) is no file. Relative names are relative to the
+    image, those after `file:` as well.
+    """
+    if ":" in name.split("/", 1)[0] and not name.startswith("file:"):
+        return None
+    return os.path.join(os.path.dirname(os.path.abspath(image_path)), name.removeprefix("file:"))
+
+
 def _open(
     header: Header, image_path: str, policy: str, opener: Callable[[str], Storage], chain: list[tuple[int, int]]
 ) -> Layer | None:
@@ -203,12 +214,11 @@ def _open(
     shown = printable(name)
     if policy == "deny":
         raise ImageError(f"{printable(image_path)} has a backing file ({shown}), and backing=deny refuses one")
-    head = name.split("/", 1)[0]
-    if ":" in head and not name.startswith("file:"):
+    path = backing_path(name, image_path)
+    if path is None:
         raise ImageError(
             f"backing file {shown} of {printable(image_path)} is no plain path; name a file with qemu-img rebase -u"
         )
-    path = os.path.join(os.path.dirname(os.path.abspath(image_path)), name.removeprefix("file:"))
     if header.backing_format is None:
         raise ImageError(
             f"{printable(image_path)} does not say which format its backing file has, and it is not guessed: "
