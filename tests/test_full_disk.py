@@ -39,7 +39,11 @@ class SmallDisk:
         With nothing left, it stays so: where the server was in the middle of an fallocate that then fails, tmpfs
         gives back the room that this one had taken already.
         """
-        self._fill_once(leave)
+        before = -1
+        # The fsync gives a little back each time.
+        while self.free() != before:
+            before = self.free()
+            self._fill_once(leave)
         looks = 0 if leave == 0 else 10
         while looks < 10:
             time.sleep(0.05)
@@ -50,14 +54,17 @@ class SmallDisk:
 
     def _fill_once(self, leave: int) -> None:
         with self.filler.open("ab", buffering=0) as file:
-            for piece in (MIB, PAGE):
+            # A block of the file system may be smaller than a page, and a page is given whole or not at all.
+            for piece in (MIB, PAGE, 512):
                 try:
                     while self.free() > leave:
-                        written = file.write(b"\xaa" * min(piece, max(PAGE, self.free() - leave)))
+                        written = file.write(b"\xaa" * min(piece, max(512, self.free() - leave)))
                         if not written:
                             break
                 except OSError as error:
                     assert error.errno == errno.ENOSPC
+            # ext4 reserves more than it takes when it writes at last, and gives that back.
+            os.fsync(file.fileno())
 
     def free(self) -> int:
         status = os.statvfs(self.path)
