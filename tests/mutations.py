@@ -390,6 +390,17 @@ def last_used(""",
         "elif self.scan_at < self.scan_end:", "test_counted.py",
     ),
     Mutation(
+        "the first growth does not ask what is named behind the end", "what a table names is not handed out",
+        "image/allocator.py", "            elif self.end < ring and (yield from self._in_doubt()):\n",
+        "            elif False:\n", "test_counted.py",
+    ),
+    Mutation(
+        "a snapshot table without a refcount is cut off",
+        "what was there before is cut off only where all has a refcount", "attaching.py",
+        "        max(overlaps.blocks, default=0) + 1, max(overlaps.kept, default=0) + 1,\n",
+        "        max(overlaps.blocks, default=0) + 1,\n", "test_counted.py",
+    ),
+    Mutation(
         "two ask at once what the tables name", "what a table names is not handed out", "image/counted.py",
         "        while self._busy:\n", "        while False:\n", "test_counted.py",
     ),
