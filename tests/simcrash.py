@@ -12,6 +12,7 @@ States with the same content and length are one state.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from itertools import combinations, product
 from math import prod
 from random import Random
@@ -23,6 +24,10 @@ Version = tuple[bytes, int]
 """A sector's content and its share of the digest."""
 Plan = tuple[dict[int, Version], int]
 """The sectors that differ from the durable ones, and the length."""
+
+Spoilt = tuple[dict[int, bytes], int]
+"""Garbage in sectors that a longer file shows, and what that adds to the digest."""
+NOTHING: Spoilt = ({}, 0)
 
 GARBAGE = (bytes(range(0x81, 0x100)) * 5)[:SECTOR]
 """What a torn 4 KiB block holds: no old content, no new, no zeros."""
@@ -49,10 +54,9 @@ def _distinct(crash: _Crash, limit: int, rng: Random) -> Iterator[SimDisk]:
         whole = crash.every_write() if depth == "writes" else crash.telling_writes(rng, limit)
         plans = (plan for plans in (whole, crash.torn_writes(rng)) for plan in plans)
     stale = count = 0
-    if _grows(crash):
-        plans = crash.with_stale_growth(plans)
-    for choice, size in plans:
-        state = crash.build(choice, size)
+    grows = _grows(crash)
+    for choice, size, spoilt in crash.with_stale_growth(plans) if grows else ((*plan, NOTHING) for plan in plans):
+        state = crash.build(choice, size, spoilt)
         if state is None:
             stale += 1
             if stale > STALE and depth != "sectors" and crash.searching:
@@ -68,6 +72,11 @@ def _distinct(crash: _Crash, limit: int, rng: Random) -> Iterator[SimDisk]:
 def _grows(crash: _Crash) -> bool:
     """Whether a state may have a length that was not durable, on a disk that shows garbage there."""
     return crash.disk.stale_growth and any(effect.grows_to > crash.durable_size for effect in crash.effects)
+
+
+@cache
+def _garbage_share(sector: int) -> int:
+    return sector_hash(sector, GARBAGE)
 
 
 class _Crash:
@@ -97,20 +106,34 @@ class _Crash:
         for effect in self.effects:
             for sector in effect.sectors if effect.grows_to else ():
                 self.ends[sector] = max(self.ends.get(sector, 0), min((sector + 1) * SECTOR, effect.grows_to))
+        self.growth: dict[int, tuple[dict[int, bytes], dict[int, int], int]] = {}
+        """By the end of a longer file in sectors: garbage for all that was not durable, what it adds, and in all."""
         self.seen: set[int] = set()
 
-    def with_stale_growth(self, plans: Iterable[Plan]) -> Iterator[Plan]:
+    def with_stale_growth(self, plans: Iterable[Plan]) -> Iterator[tuple[dict[int, Version], int, Spoilt]]:
         """Each plan, and where it is longer than what was durable, again with garbage in what it did not write."""
-        first = -(-self.durable_size // SECTOR)
         for choice, size in plans:
-            yield choice, size
-            spoilt = {
-                sector: (GARBAGE, sector_hash(sector, GARBAGE))
-                for sector in range(first, -(-size // SECTOR))
-                if sector not in choice or not choice[sector][1]
-            }
-            if spoilt:
-                yield {**choice, **spoilt}, size
+            yield choice, size, NOTHING
+            spoilt = self._spoil(choice, size)
+            if spoilt[0]:
+                yield choice, size, spoilt
+
+    def _spoil(self, choice: dict[int, Version], size: int) -> Spoilt:
+        """Garbage in what the choice did not write behind what was durable."""
+        first, end = -(-self.durable_size // SECTOR), -(-size // SECTOR)
+        if end not in self.growth:
+            # Once for all choices: after an fallocate these are thousands.
+            shares = {sector: _garbage_share(sector) for sector in range(first, end)}
+            for sector in self.durable.keys() & shares.keys():
+                shares[sector] -= self._base(sector)[1]
+            self.growth[end] = dict.fromkeys(shares, GARBAGE), shares, sum(shares.values())
+        every, shares, digest = self.growth[end]
+        spoilt = dict(every)
+        for sector, version in choice.items():
+            if version[1] and sector in spoilt:
+                del spoilt[sector]
+                digest -= shares[sector]
+        return spoilt, digest
 
     def depth(self, limit: int) -> str:
         limit //= 2 if _grows(self) else 1
@@ -170,11 +193,16 @@ class _Crash:
                 choice.update((sector, self.garbage[sector]) for sector in block if rng.random() < 0.5)
             yield choice, size
 
-    def build(self, choice: dict[int, Version], size: int) -> SimDisk | None:
-        """The disk with this choice; None if it was built before."""
-        digest = self.digest
+    def build(self, choice: dict[int, Version], size: int, spoilt: Spoilt) -> SimDisk | None:
+        """The disk with this choice, where it is not spoilt; None if it was built before."""
+        stale, share = spoilt
+        digest = self.digest + share
+        if size % SECTOR and size // SECTOR in stale:
+            size = max(size, self.ends.get(size // SECTOR, 0))
         # Data that was kept beyond the end is not lost with the length: the file system has that order.
         for sector, version in choice.items():
+            if sector in stale:
+                continue
             digest += version[1] - (self.base.get(sector) or self._base(sector))[1]
             if version[1] and (sector + 1) * SECTOR > size:
                 size = max(size, self.ends.get(sector, 0))
@@ -195,6 +223,7 @@ class _Crash:
                 durable[sector] = content
             else:
                 durable.pop(sector, None)
+        durable.update(stale)
         state = self.disk.like(size, durable, digest)
         for sector, content in cut:
             if content == ZERO:
