@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 AT_ONCE: Final = 1 << 13
 """L2 entries that one call looks at."""
 BEFORE_GROWTH: Final = 1 << 16
-"""And those that the first growth at the end looks at: 110 ms, and no more than once."""
+"""And those that a growth before the journal looks at, one or two of a session: 110 ms at most."""
 UNUSED: Final = 16
 """An entry that is zero takes a part of what one takes that is not: to find it is one call for a slice of them."""
 SLICE: Final = 256
