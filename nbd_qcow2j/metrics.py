@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
@@ -126,6 +127,9 @@ class DeviceCollector(Collector):
         yield InfoMetricFamily("nbd_qcow2j_build", "The version that serves.", value={"version": __version__})
 
 
+ACCEPT_AGAIN_SECONDS = 0.1
+
+
 class MetricsServer:
     """A bound port; `serve` answers on it."""
 
@@ -157,6 +161,14 @@ class MetricsServer:
             # HTTPServer's own asks the DNS for the name of the host, and a start may not wait for that.
             server_bind = TCPServer.server_bind
 
+            def get_request(self) -> tuple[socket.socket, Any]:
+                try:
+                    return super().get_request()
+                except OSError:
+                    # Without a descriptor for it the client stays in the queue, and would be asked for at once again.
+                    time.sleep(ACCEPT_AGAIN_SECONDS)
+                    raise
+
         self._http = Server((host, port), Handler)
         self._thread: threading.Thread | None = None
 
@@ -168,8 +180,10 @@ class MetricsServer:
     ) -> None:
         """Answer scrapes from now on, in a thread of its own."""
         self.registry.register(DeviceCollector(statistics, operations, in_flight))
-        self._thread = threading.Thread(target=self._http.serve_forever, name="metrics", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._http.serve_forever, name="metrics", daemon=True)
+        thread.start()
+        # Order: one that could not be started never ends, and `close` would wait for it.
+        self._thread = thread
 
     def close(self) -> None:
         if self._thread is not None:

@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nbd_qcow2j.counters import Histogram, OperationCounters
 from nbd_qcow2j.driver import open_device
-from nbd_qcow2j.metrics import STATES, DeviceCollector
+from nbd_qcow2j.metrics import STATES, DeviceCollector, start_metrics
 from nbd_qcow2j.options import parse_options
 
 nbd = pytest.importorskip("nbd", reason="libnbd's Python binding: deploy/setup --test makes it visible")
@@ -287,3 +287,17 @@ def test_a_histogram_counts_each_value_in_the_bucket_that_prometheus_means() -> 
     assert (counters.requests, counters.bytes) == (3, 30)
     assert counters.snapshot().buckets[:2] == (1, 1)
     assert counters.snapshot().buckets[-1] == 1
+
+
+def test_a_server_without_a_thread_for_it_can_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    server = start_metrics(f"127.0.0.1:{free_port()}")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(threading.Thread, "start", refuse)
+        server.serve(lambda: pytest.fail("nobody asks"), {}, dict)
+    closing = threading.Thread(target=server.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
