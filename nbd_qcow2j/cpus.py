@@ -10,13 +10,14 @@ CPU: on one machine reads at depth 1 20,000 against 28,000 and sequential writes
 whose processors are virtual as well, 16,000 against 11,700 and 10,600 against 9,300. So both are tried, in turns, and
 what one request takes from its start to the next one's decides.
 
-Where one works at a time on a shared CPU, the threads are SCHED_BATCH as well. nbdkit wakes the thread that is to
-receive the next request before the one that has this request answers it, and what is woken takes the CPU at once:
-twice from one thread to another for each request. A SCHED_BATCH thread waits until the CPU is left to it, and by then
-the first one receives the next request itself, as with a single thread. Requests a second at depth 1, shared CPU,
-without and with it: reads 13,500 and 14,000, sequential writes 9,500 and 9,900; in a busier hour, with the background
-under that policy as well, 8,100 and 10,500, 8,100 and 9,100. Its price: they wait longer where others compute on that
-CPU (two busy loops on two CPUs: 5,900 and 5,300 reads; in the first six seconds of the choice below 5,400 and 4,300).
+Where one works at a time, the threads are SCHED_BATCH as well. nbdkit wakes the thread that is to receive the next
+request before the one that has this request answers it, and what is woken takes the CPU at once: twice from one thread
+to another for each request. A SCHED_BATCH thread waits until the CPU is left to it, and by then the first one receives
+the next request itself, as with a single thread. Requests a second at depth 1, without and with it: on a shared CPU
+reads 13,500 and 14,000, sequential writes 9,500 and 9,900; in a busier hour, with the background under that policy as
+well, 8,100 and 10,500, 8,100 and 9,100. On any CPU, where it is one wake-up in two or so, writes with a flush each
+2,610 and 2,840, sequential ones 11,500 and 13,100. Its price: they wait longer where others compute on that CPU (two
+busy loops on two CPUs: 5,900 and 5,300 reads on a shared one, 15,500 and 15,000 on any).
 
 What tells the two loads apart is the time from the end of a callback to the start of the next: a client's way round
 takes 25 us or more, from a queue comes the next request in 5.
@@ -64,7 +65,7 @@ class Cpus:
         self.gathered = False
         """Whether the threads that answer requests are on one CPU now."""
         self._patient = False
-        """Whether they let run what runs when they wake."""
+        """Whether they let run what runs when they wake: where no requests queue."""
         self._queued = False
         """Whether requests queued at the last look."""
         self._comparison = Comparison()
@@ -74,13 +75,14 @@ class Cpus:
             return
         self._shared = {cpu if isinstance(cpu, int) else _quiet(self._allowed)}
         self._apart = self._allowed - self._shared
+        self._patient = True
         if cpu == "auto":
             for each in self._operations:
                 each.on_many = self._look
         else:
             # This thread, and so all that it starts.
             self._place([0], self._shared)
-            self.gathered = self._patient = True
+            self.gathered = True
 
     def joined(self, thread: int) -> None:
         """A thread, by its native identifier, answers its first request."""
@@ -123,10 +125,9 @@ class Cpus:
                 # Order: a thread that joins meanwhile is in `kept` already, or sees `gathered`.
                 self._place(list(kept.values()), self._shared if gather else self._allowed)
             # Not where requests queue: it gains nothing there, and each request would wait for whoever else computes.
-            patient = gather and not queued
-            if patient != self._patient:
-                self._patient = patient
-                self._set_policy(list(kept.values()), os.SCHED_BATCH if patient else os.SCHED_OTHER)
+            if self._patient is queued:
+                self._patient = not queued
+                self._set_policy(list(kept.values()), os.SCHED_OTHER if queued else os.SCHED_BATCH)
         finally:
             self._looking.release()
 

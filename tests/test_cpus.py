@@ -142,26 +142,25 @@ def test_the_cheaper_placing_is_found(machine: Machine, monkeypatch: pytest.Monk
     assert it.gathered and machine.placed == {1: {2}}
 
 
-def test_threads_of_which_one_works_at_a_time_on_a_shared_cpu_wait_for_it(machine: Machine) -> None:
+@pytest.mark.parametrize("better", [False, True])
+def test_threads_of_which_one_works_at_a_time_wait_for_the_cpu(machine: Machine, better: bool) -> None:
     reads = OperationCounters()
     it = Cpus("auto", [reads])
-    load(machine, reads, busy=5_000, between=0)
-    assert it.gathered and not machine.policies, "a queue's threads take the CPU when they wake"
-    machine.better = True
-    load(machine, reads, busy=15_000, between=35_000, looks=2)
-    assert it.gathered and machine.policies == {1: os.SCHED_BATCH}
     it.joined(7)
-    assert machine.policies[7] == os.SCHED_BATCH
+    assert machine.policies == {7: os.SCHED_BATCH}, "until a queue is seen there is none"
     load(machine, reads, busy=5_000, between=0)
-    assert it.gathered and machine.policies[1] == os.SCHED_OTHER
+    assert it.gathered and machine.policies[1] == os.SCHED_OTHER, "a queue's threads take the CPU when they wake"
     machine.policies.clear()
     it.joined(8)
     assert not machine.policies
+    machine.better = better
     load(machine, reads, busy=15_000, between=35_000, looks=2)
-    assert machine.policies == {1: os.SCHED_BATCH}
-    machine.better = False
-    load(machine, reads, busy=15_000, between=35_000)
-    assert not it.gathered and machine.policies == {1: os.SCHED_OTHER}
+    assert it.gathered is better and machine.policies == {1: os.SCHED_BATCH}
+    machine.policies.clear()
+    it.joined(9)
+    assert machine.policies == {9: os.SCHED_BATCH}
+    load(machine, reads, busy=15_000, between=35_000, looks=2)
+    assert machine.policies == {9: os.SCHED_BATCH}, "no system call where nothing changes"
 
 
 def test_a_policy_that_the_server_was_started_with_stays(machine: Machine) -> None:
