@@ -286,6 +286,29 @@ class Disk:
             del self.table_tokens[index]
             self.allocator.tokens -= 1
 
+    def begin_simply(self, cluster: int) -> bool:
+        """Promise what the first pending page of a cluster needs, where that is one pool cluster and there is one.
+
+        As `take_tokens`, for what is most common: a cluster without a home, whose L2 table is ours and in memory.
+        A write that makes a cluster pending takes 6.6 us in a loop without this, 3.7 with it; after a wait for a
+        client, with no code in the caches, 27 and 18.
+        """
+        index = cluster >> self._l2_bits
+        l1_entry = self._l1[index]
+        table = self._tables.get(l1_entry & OFFSET_MASK)
+        if (
+            table is None or not l1_entry & OFLAG_COPIED or l1_entry & L1_RESERVED or self.table_tokens
+            or self._not_plain == ALL_BITS or table.entries[cluster & self._l2_mask]
+        ):  # fmt: skip
+            return False
+        allocator = self.allocator
+        if len(allocator.pool) <= allocator.tokens:
+            return False
+        allocator.tokens += 1
+        self.cluster_tokens.add(cluster)
+        self.in_place.allocated_in = self.log.running.number
+        return True
+
     def try_write(self, data: Buffer, offset: int) -> bool:
         """Make whole pages of one cluster pending, if nothing has to be waited for. The hot path."""
         length, log = len(data), self.log
@@ -304,7 +327,7 @@ class Disk:
             return False
         if pending.count + self.incoming + count > self.pending_most:
             return False
-        if cluster not in pending.clusters:
+        if cluster not in pending.clusters and not self.begin_simply(cluster):
             if self.find_contiguous(offset, length) < 0:
                 if self.mapping.in_memory(cluster):
                     self.in_place.allocated_in = running.number
@@ -362,5 +385,4 @@ class Disk:
 
     def flush(self) -> Operation[None]:
         """Return when everything that completed before is durable. Raises DeviceFailed."""
-        self.log.check()
-        yield from self.log.commit_upto(self.log.last_number())
+        return self.log.commit_upto()

@@ -35,6 +35,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 import construct as c
@@ -60,9 +61,12 @@ _HEAD: Final = struct.Struct(">4sIQ16sIII20x")
 _DESCRIPTOR: Final = struct.Struct(">IIQII")
 HEAD_LENGTH: Final = _HEAD.size
 DESCRIPTOR_LENGTH: Final = _DESCRIPTOR.size
+_CRC: Final = struct.Struct(">I")
 _CRC_AT: Final = 40
 MAX_LENGTH: Final = 0xFFFF_F000
 """Limit: lengths in descriptors have 32 bits; longer ranges are several entries."""
+JOINED: Final = 1 << 16
+"""Length up to which a transaction becomes one buffer: cheaper than to go through its pieces, while copying is."""
 MIN_RING: Final = 16 * ALIGNMENT
 MAX_RING: Final = 1 << 30
 
@@ -195,7 +199,7 @@ class Record:
     data: memoryview | bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EncodedTransaction:
     """Ready for the ring: buffers to write one after the other, their length, the transaction's CRC."""
 
@@ -204,13 +208,13 @@ class EncodedTransaction:
     crc: int
 
 
-def split_length(offset: int, length: int) -> Iterable[tuple[int, int]]:
-    """(offset, length) pieces that fit a descriptor's 32-bit length."""
-    while length > 0:
-        piece = min(length, MAX_LENGTH)
-        yield offset, piece
-        offset += piece
-        length -= piece
+def _packer(descriptors: int) -> struct.Struct:
+    """Packs a head and so many descriptors."""
+    return struct.Struct(_HEAD.format + _DESCRIPTOR.format.removeprefix(">") * descriptors)
+
+
+_packer_of_few = cache(_packer)
+"""Those that fill no more than a block are kept."""
 
 
 def encode_transaction(
@@ -224,42 +228,53 @@ def encode_transaction(
     pages: Iterable[tuple[int, bytes]],
 ) -> EncodedTransaction:
     """Build a transaction. Sectors and pages are (offset, content) in ascending order; offsets in bytes."""
-    entries: list[tuple[int, int, int]] = []
+    # Five numbers of each descriptor, one after the other: one call packs those of a small transaction. Each call
+    # counts here: after a wait for a client the code is in no cache, and takes three times what a loop of it takes.
+    fields: list[int] = []
     for kind, ranges in ((REVOKE_HOST, host_revokes), (REVOKE_GUEST, guest_revokes)):
         for offset, length in ranges:
-            entries.extend((kind, piece_length, piece) for piece, piece_length in split_length(offset, length))
+            start = offset
+            # A descriptor's length has 32 bits.
+            while offset + length - start > MAX_LENGTH:
+                fields += (kind, MAX_LENGTH, start, 0, 0)
+                start += MAX_LENGTH
+            fields += (kind, offset + length - start, start, 0, 0)
+    revokes = len(fields)
     data: list[bytes | bytearray] = []
+    block = 0
     for kind, items in ((WRITE_DATA, sectors), (GUEST_DATA, pages)):
         start = end = -1
         for offset, content in items:
             data.append(content)
+            size = len(content)
             # Sector 0 stands alone, also where the next cluster is the next sector: replay lets nothing else touch it.
             if offset == end and end - start < MAX_LENGTH - (1 << 22) and (start or kind == GUEST_DATA):
-                end += len(content)
-                entries[-1] = (kind, end - start, start)
+                end += size
+                fields[-4] = end - start
             else:
-                start, end = offset, offset + len(content)
-                entries.append((kind, len(content), offset))
-    descriptors = HEAD_LENGTH + DESCRIPTOR_LENGTH * len(entries)
-    block = -(-descriptors // BLOCK)
-    area = bytearray(block * BLOCK)
-    at = HEAD_LENGTH
-    for kind, length, offset in entries:
-        has_data = kind in (WRITE_DATA, GUEST_DATA)
-        _DESCRIPTOR.pack_into(area, at, kind, length, offset, block if has_data else 0, 0)
-        at += DESCRIPTOR_LENGTH
-        if has_data:
-            block += length // BLOCK
-    length = -(-block * BLOCK // ALIGNMENT) * ALIGNMENT
-    if padding := length - block * BLOCK:
-        data.append(bytes(padding))
-    _HEAD.pack_into(
-        area, 0, TRANSACTION_MAGIC, len(entries), sequence, uuid, length // ALIGNMENT, previous_crc, 0
+                start, end = offset, offset + size
+                fields += (kind, size, offset, block, 0)
+            block += size // BLOCK
+    count = len(fields) // 5
+    head = -(-(HEAD_LENGTH + DESCRIPTOR_LENGTH * count) // BLOCK)
+    # The data follows the descriptors: so many blocks further on than was counted.
+    for at in range(revokes + 3, len(fields), 5):
+        fields[at] += head
+    length = -(-(head + block) * BLOCK // ALIGNMENT) * ALIGNMENT
+    area = bytearray(head * BLOCK)
+    packer = _packer_of_few(count) if head == 1 else _packer(count)
+    packer.pack_into(
+        area, 0, TRANSACTION_MAGIC, count, sequence, uuid, length // ALIGNMENT, previous_crc, 0, *fields
     )  # fmt: skip
+    if padding := length - (head + block) * BLOCK:
+        data.append(bytes(padding))
+    if length <= JOINED:
+        area = bytearray().join((area, *data))
+        data.clear()
     crc = crc32c(area)
     for piece in data:
         crc = crc32c(piece, crc)
-    area[_CRC_AT : _CRC_AT + 4] = crc.to_bytes(4, "big")
+    _CRC.pack_into(area, _CRC_AT, crc)
     return EncodedTransaction([area, *data], length, crc)
 
 

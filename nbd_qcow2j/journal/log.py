@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from ..errors import DeviceFailed, Error, RequestError
-from ..format.journal import EncodedTransaction, encode_transaction
+from ..format.journal import JOINED, EncodedTransaction, encode_transaction
 from ..geometry import SECTOR, Geometry
 from ..steps import Compute, Gate, Operation, Sync, Wait, WriteSync
 from .ring import Ring
@@ -175,9 +175,14 @@ class Log:
         """Number of the newest transaction that holds anything."""
         return self.running.number if not self.running.empty else self.running.number - 1
 
-    def commit_upto(self, number: int) -> Operation[None]:
-        """Return when transaction `number` is committed. Raises DeviceFailed, RequestError (ENOSPC)."""
+    def commit_upto(self, number: int | None = None) -> Operation[None]:
+        """Return when transaction `number` is committed; None: the newest that holds anything when this begins.
+
+        Raises DeviceFailed, RequestError (ENOSPC).
+        """
         starved = self.starvations
+        if number is None:
+            number = self.last_number()
         while self.committed < number:
             self.check()
             if self.committing is not None:
@@ -191,7 +196,7 @@ class Log:
     def may_commit(self) -> bool:
         """Room for ordinary commits ends at the reserve; beyond it only what makes the tail passable goes."""
         ring, running = self.ring, self.running
-        if not running.in_ring or ring.used + running.size + ring.reserve <= ring.length:
+        if ring.head - ring.tail + running.size + ring.reserve <= ring.length or not running.in_ring:
             return True
         return ring.used + running.size <= ring.length and self.frees_tail()
 
@@ -249,7 +254,7 @@ class Log:
     ) -> Operation[tuple[EncodedTransaction, int, int]]:
         ring = self.ring
         page_size = self.geometry.page_size
-        pages = [(index * page_size, transaction.pages[index].data) for index in sorted(transaction.pages)]
+        pages = [(index * page_size, page.data) for index, page in sorted(transaction.pages.items())]
         previous = ring.head_crc
 
         def encode() -> EncodedTransaction:
@@ -261,7 +266,7 @@ class Log:
 
         sequence = ring.next_sequence
         encoded: EncodedTransaction
-        if len(pages) * page_size > 1 << 16:
+        if len(pages) * page_size > JOINED:
             encoded = yield Compute(encode)
         else:
             encoded = encode()
@@ -292,7 +297,8 @@ class Log:
                 sequence=sequence, start=position, end=position + encoded.length, crc=encoded.crc
             )
             # Order: revokes before records: they void what is older than this transaction, not what it holds.
-            self._apply_revokes(transaction)
+            if transaction.guest_revokes or transaction.host_revokes:
+                self._apply_revokes(transaction)
             for index, page in transaction.pages.items():
                 self.set_record(index, page, entry)
             for offset, content in sectors:
@@ -308,7 +314,8 @@ class Log:
 
     def set_record(self, index: int, page: Page, entry: CommittedTransaction) -> None:
         """The newest committed version of a page; the one before is superseded."""
-        self.void_record(index)
+        if index in self.records:
+            self.void_record(index)
         page.record = entry
         entry.live += 1
         entry.pages.append(index)

@@ -56,11 +56,11 @@ class Transaction:
     @property
     def in_ring(self) -> bool:
         """Whether there is anything to write into the ring."""
-        return bool(self.sectors or self.pages or self.guest_revokes or self.host_revokes)
+        return bool(self.pages or self.sectors or self.guest_revokes or self.host_revokes)
 
     @property
     def empty(self) -> bool:
-        return not (self.holds or self.in_ring or self.freed)
+        return not (self.pages or self.holds or self.in_ring or self.freed)
 
     def note_sector(self, host_offset: int, table: Table) -> None:
         """A metadata sector changed: its content is copied when the commit starts."""
