@@ -5,6 +5,7 @@ The work is done by libnbd, one request a call, so that what is counted is known
 
 from __future__ import annotations
 
+import errno
 import struct
 import subprocess
 import threading
@@ -13,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from socketserver import TCPServer
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nbd_qcow2j.counters import Histogram, OperationCounters
 from nbd_qcow2j.driver import open_device
-from nbd_qcow2j.metrics import STATES, DeviceCollector, start_metrics
+from nbd_qcow2j.metrics import ACCEPT_AGAIN_SECONDS, STATES, DeviceCollector, start_metrics
 from nbd_qcow2j.options import parse_options
 
 nbd = pytest.importorskip("nbd", reason="libnbd's Python binding: deploy/setup --test makes it visible")
@@ -301,3 +303,28 @@ def test_a_server_without_a_thread_for_it_can_be_closed(monkeypatch: pytest.Monk
     closing.start()
     closing.join(10)
     assert not closing.is_alive()
+
+
+def test_a_scrape_for_which_there_is_no_descriptor_waits_and_keeps_no_core_busy(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accepting, refused = TCPServer.get_request, []
+
+    def get_request(server: TCPServer) -> Any:
+        if len(refused) < 3:
+            refused.append(time.monotonic())
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accepting(server)
+
+    monkeypatch.setattr(TCPServer, "get_request", get_request)
+    device = open_device(parse_options([("file", str(image)), ("read-only", "true")]))
+    port = free_port()
+    server = start_metrics(f"127.0.0.1:{port}")
+    try:
+        server.serve(device.statistics, {}, dict)
+        assert "nbd_qcow2j_device_state" in fetch(port)
+        # The client is in the queue all the time: what does not wait asks for it again at once.
+        assert time.monotonic() - refused[0] >= 3 * ACCEPT_AGAIN_SECONDS
+    finally:
+        server.close()
+        device.close()
