@@ -425,7 +425,7 @@ def last_used(""",
     Mutation(
         "clean sectors of a table that lies on another go home", "what is written between sectors is what was there",
         "checkpoint.py", "            if overlaps.what_else(offset - offset % size):\n", "            if False:\n",
-        "test_rules.py",
+        "test_home.py",
     ),
     Mutation(
         "a small write in place does not ask about its table", "damaged tables are met before a write does harm",

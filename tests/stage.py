@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from dataclasses import replace
 from functools import cache
@@ -15,10 +16,12 @@ from calls import Calls
 from engine import Engine, Oracle, Shape
 from invariants import Watch, recover, squeeze
 from simdisk import SimDisk
+from stepper import Stepper, Task
 
 from nbd_qcow2j import checkpoint
 from nbd_qcow2j.errors import RequestError
-from nbd_qcow2j.steps import Operation, run_simply
+from nbd_qcow2j.format.tables import OFFSET_MASK
+from nbd_qcow2j.steps import Operation, Step, Wait, run_simply
 
 SMALL = Shape("cluster_size=512", 96 << 10, journal=1 << 18)
 PAGES = Shape("cluster_size=4096", 64 << 10)
@@ -133,3 +136,28 @@ def refused(operation: Operation[Any]) -> RequestError:
 def cut(stage: Stage) -> None:
     """Cut the power, and see that what recovers is what the oracle allows."""
     recover(next(stage.sim.crash_states(1, Random(0))), stage.shape, stage.oracle, seed=1)
+
+
+def until(stepper: Stepper, task: Task, kind: type[Step]) -> None:
+    """Move the task until it is about to do a step of this kind."""
+    while not isinstance(task.step, kind) or isinstance(task.step, Wait):
+        stepper.move(task)
+
+
+def host_of(stage: Stage, cluster: int) -> int:
+    """The host cluster in which a guest cluster lives."""
+    entry, _ = stage.disk.mapping.find(cluster)
+    return (entry & OFFSET_MASK) // stage.disk.geometry.cluster_size
+
+
+def full(sim: SimDisk, *kinds: str) -> None:
+    """From now on there is no room for these kinds of steps."""
+    for kind in kinds or ("allocate", "zero_range"):
+        sim.fail(kind, 1, errno.ENOSPC, times=0)
+
+
+def killed(stage: Stage) -> Stage:
+    """The server is killed and started again on the page cache it left."""
+    stage.sim.mend()
+    stage.sim.kill()
+    return Stage(stage.shape, sim=stage.sim, oracle=stage.oracle, keeps_cache=True)

@@ -19,8 +19,9 @@ from mutations import MUTATIONS, PACKAGE, Mutation, apply
 
 TESTS = Path(__file__).resolve().parent
 FILES = [
-    "test_rules.py", "test_regressions.py", "test_protocol_holes.py", "test_unreadable.py", "test_interleavings.py",
-    "test_stateful.py", "test_in_place.py", "test_crash.py",
+    "test_rules.py", "test_home.py", "test_opening.py", "test_regressions.py", "test_protocol_holes.py",
+    "test_no_room.py", "test_tokens.py", "test_unreadable.py", "test_interleavings.py", "test_stateful.py",
+    "test_in_place.py", "test_crash.py",
 ]  # fmt: skip
 """Those that are there, in this order."""
 LIMIT_SECONDS = 400
