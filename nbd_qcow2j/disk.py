@@ -9,6 +9,7 @@ never wait for the exclusion of a cluster; whoever changes where a cluster lives
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,10 @@ class Settings:
     l2_cache: int = 16 << 20
     pending_limit: int = 64 << 20
     discard: bool = True
+
+
+def _pages(data: Buffer, size: int) -> Sequence[Page]:
+    return [Page(bytes(data[at : at + size])) for at in range(0, len(data), size)]
 
 
 class Disk:
@@ -327,6 +332,8 @@ class Disk:
             return False
         if pending.count + self.incoming + count > self.pending_most:
             return False
+        # Order: copied before anything is promised: where there is no memory for it, nothing has changed.
+        pages = (Page(bytes(data)),) if count == 1 else _pages(data, self.page_size)
         if cluster not in pending.clusters and not self.begin_simply(cluster):
             if self.find_contiguous(offset, length) < 0:
                 if self.mapping.in_memory(cluster):
@@ -340,16 +347,9 @@ class Disk:
             if self.tokens_needed(cluster) > self.allocator.available:
                 return False
             self.take_tokens(cluster)
-        if count == 1:
-            page = Page(bytes(data))
-            pending.put(first, page)
-            running.note_page(first, page)
-            return True
-        size = self.page_size
-        for index in range(count):
-            page = Page(bytes(data[index * size : index * size + size]))
-            pending.put(first + index, page)
-            running.note_page(first + index, page)
+        for index, page in enumerate(pages, first):
+            pending.put(index, page)
+            running.note_page(index, page)
         return True
 
     # ---- pages that are home elsewhere

@@ -124,7 +124,7 @@ class Device:
         # From here on a write is followed by a closer look at how full things are.
         self._commit_size = options.commit_size
         ring = disk.log.ring
-        self._start_ring = int(max(0, ring.length - ring.reserve_for(ring.max_transaction)) * options.checkpoint_start)
+        self._start_ring = int(max(0, ring.length - ring.reserve_for(disk.pending_most)) * options.checkpoint_start)
         self._start_pending = int(options.pending_limit // disk.page_size * options.checkpoint_start)
 
     # ---- life
