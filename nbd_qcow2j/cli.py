@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__, commands
-from .errors import Error
+from .errors import Error, OptionError
 
 # The order of the help; what is not named here comes after.
 _ORDER = ("serve", "create", "info", "check", "recover", "journal")
@@ -59,8 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parse(words, names, command)
         arguments.passed_on = passed_on
+        if arguments.image == "":
+            raise OptionError("IMAGE: the name is empty")
         code: int = importlib.import_module(f"{commands.__name__}.{arguments.command}").run(arguments)
-        sys.stdout.flush()
+        # None: whoever started us has closed it.
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except SystemExit as refused:
         if command == "check" and refused.code:
             return 1

@@ -7,6 +7,7 @@ it. Nothing is counted here: what the hot path counted is rendered when somebody
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -140,6 +141,9 @@ class MetricsServer:
         class Handler(BaseHTTPRequestHandler):
             timeout = 10
 
+            def do_HEAD(self) -> None:
+                self.do_GET()
+
             def do_GET(self) -> None:
                 if self.path.split("?")[0] != "/metrics":
                     self.send_error(404)
@@ -150,7 +154,8 @@ class MetricsServer:
                 self.send_header("Content-Type", content_type)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(body)
+                if self.command != "HEAD":
+                    self.wfile.write(body)
 
             def log_message(self, format: str, *args: Any) -> None:
                 """Scrapes are not worth a line each."""
@@ -168,6 +173,11 @@ class MetricsServer:
                     # Without a descriptor for it the client stays in the queue, and would be asked for at once again.
                     time.sleep(ACCEPT_AGAIN_SECONDS)
                     raise
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                """A scraper that did not wait for its answer is no news; anything else is a mistake of ours."""
+                if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
+                    super().handle_error(request, client_address)
 
         self._http = Server((host, port), Handler)
         self._thread: threading.Thread | None = None

@@ -14,6 +14,10 @@ _TAKES_A_WORD = frozenset(
 )
 # -r, alone or among others that take no value: -fr.
 _READ_ONLY = re.compile(r"--read-?only|-[fnorsvV]*r[fnorsvV]*")
+# Where it listens, and where its process id stands.
+_PLACES = re.compile(
+    r"-[46fnorvV]*([UpiPs]).*|(--(?:unix|port|ip-?addr|pid-?file|single|stdin|vsock|vsock-port))(?:=.*)?"
+)
 
 
 def split_keys(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -28,6 +32,12 @@ def split_keys(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def is_read_only(words: Sequence[str]) -> bool:
     """Whether they ask nbdkit to serve read-only."""
     return any(_READ_ONLY.fullmatch(word) for word, is_value in _values_marked(words) if not is_value)
+
+
+def places(words: Sequence[str]) -> list[str]:
+    """The options among them that say where nbdkit listens, or writes its process id: `serve` has its own for that."""
+    found = [_PLACES.fullmatch(word) for word, is_value in _values_marked(words) if not is_value]
+    return [match[2] or f"-{match[1]}" for match in found if match]
 
 
 def own_words() -> list[str]:

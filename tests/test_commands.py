@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -318,6 +319,34 @@ def test_an_image_that_is_being_served_can_be_looked_at_when_that_is_asked_for(
     assert "the image is being served, or was not closed cleanly" in said("info", "-U", image)
     handle.pwrite(b"x" * 4096, 0)
     handle.flush()
+
+
+def test_what_nobody_wants_to_hear_is_done_all_the_same(tmp_path: Path) -> None:
+    image = tmp_path / "image.qcow2"
+    for command in (f"create {image} 1M", f"check -q {image}", f"info {image}", f"recover {image}"):
+        done = run("sh", "-c", f"{PROGRAM} {command} >&-", check=False)
+        assert (done.returncode, done.stderr) == (0, ""), command
+    assert qemu_info(image)["virtual-size"] == 1 << 20
+
+
+def test_a_block_device_beneath_has_its_length(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.write_bytes(bytes(8 << 20))
+    attached = run("losetup", "-f", "--show", raw, check=False)
+    if attached.returncode:
+        pytest.skip("no loop devices here")
+    device = attached.stdout.strip()
+    try:
+        run(PROGRAM, "create", tmp_path / "over.qcow2", "-b", device, "-F", "raw")
+        assert qemu_info(tmp_path / "over.qcow2")["virtual-size"] == 8 << 20
+        run("qemu-img", "create", "-q", "-f", "qcow2", device, "3M")
+        run(PROGRAM, "create", tmp_path / "over2.qcow2", "-b", device, "-F", "qcow2")
+        assert qemu_info(tmp_path / "over2.qcow2")["virtual-size"] == 3 << 20
+    finally:
+        run("losetup", "-d", device)
+    os.mkfifo(tmp_path / "fifo")
+    said = f"-b: {tmp_path / 'fifo'} is neither a regular file nor a block device"
+    assert refused("create", tmp_path / "new.qcow2", "-b", tmp_path / "fifo", "-F", "raw") == said
 
 
 def test_what_somebody_has_read_enough_of_is_no_error(killed: Path) -> None:

@@ -168,6 +168,22 @@ def test_serve_explains_itself_and_refuses_in_one_line(short_path: Path) -> None
     assert str(text) in done.stderr
 
 
+def test_serve_takes_a_port_instead_of_the_socket(short_path: Path) -> None:
+    port, image = free_port(), short_path / "disk.qcow2"
+    run(PROGRAM, "create", image, "1M")
+    words = [DEPLOY / "serve", image, "--port", port, "--metrics", free_port()]
+    with subprocess.Popen([str(word) for word in words], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == f"serving {image} at nbd://127.0.0.1:{port}\n"
+            assert run("nbdinfo", "--size", f"nbd://127.0.0.1:{port}").stdout == f"{1 << 20}\n"
+        finally:
+            server.terminate()
+    assert server.returncode == 0 and not is_attached(image)
+    done = run(DEPLOY / "serve", "", check=False)
+    assert (done.returncode, done.stderr) == (1, "serve: the name of the image is empty\n")
+
+
 # ---- systemd ----------------------------------------------------------------------------------------
 
 

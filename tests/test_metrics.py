@@ -6,6 +6,7 @@ The work is done by libnbd, one request a call, so that what is counted is known
 from __future__ import annotations
 
 import errno
+import socket
 import struct
 import subprocess
 import threading
@@ -249,6 +250,27 @@ def test_a_path_that_is_not_metrics_is_not_found_and_the_server_goes_on(image: P
         urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/metrics", b"post"), timeout=10)
     assert values(port)["device_state serving"] == 1
     assert "Traceback" not in server.log
+
+
+def test_a_scraper_that_goes_away_is_no_news(image: Path, measured: Any) -> None:
+    server, port = measured(image)
+    for asks in (b"", b"GET /metrics HTTP/1.0\r\n\r\n"):
+        for how in (0, 1):
+            for _ in range(20):
+                with socket.create_connection(("127.0.0.1", port)) as scraper:
+                    # Closed with this it is a reset, without what was asked for is written to nobody.
+                    scraper.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", how, 0))
+                    scraper.sendall(asks)
+    assert values(port)["device_state serving"] == 1
+    time.sleep(0.2)
+    assert "Traceback" not in server.log and "rror" not in server.log, server.log
+
+
+def test_the_size_of_an_answer_may_be_asked_for(image: Path, measured: Any) -> None:
+    _, port = measured(image)
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", method="HEAD")
+    with urllib.request.urlopen(request, timeout=10) as reply:
+        assert reply.status == 200 and int(reply.headers["Content-Length"]) > 1000 and reply.read() == b""
 
 
 # ---- Without a server -------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ traceback, or a second line that says less, is a failure.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -199,6 +200,59 @@ def test_a_pid_file_that_cannot_be_written_is_refused_before_the_daemon_is_silen
     assert said == f"nbd-qcow2j: option pid-file: the directory of {short_path / 'no' / 'pid'} does not exist"
     assert refused(*words, short_path) == f"nbd-qcow2j: option pid-file: {short_path} is a directory"
     assert not is_attached(image)
+
+
+@pytest.mark.parametrize("kind", ["the image", "a link", "a backing file", "a fifo"])
+def test_a_pid_file_that_is_something_else_is_refused_and_left_alone(
+    make_image: Callable[..., Path], short_path: Path, kind: str
+) -> None:
+    # nbdkit truncates it: the disk would be served, and gone.
+    base = make_image(name="base")
+    image = make_image(backing_file="base", backing_fmt="qcow2")
+    path = {"the image": image, "a backing file": base}.get(kind, short_path / "pid")
+    if kind == "a link":
+        path.symlink_to(image)
+    elif kind == "a fifo":
+        os.mkfifo(path)
+    before = image.read_bytes(), base.read_bytes()
+    said = refused(PROGRAM, "serve", image, "--socket", short_path / "s", "--daemonize", "--pid-file", path)
+    what = "is not a regular file" if kind == "a fifo" else "is no file of a process id"
+    assert said == f"nbd-qcow2j: option pid-file: {path} exists and {what}"
+    assert (image.read_bytes(), base.read_bytes()) == before
+
+
+@pytest.mark.parametrize("left", [b"", b"12345\n", b"1"])
+def test_a_pid_file_that_another_server_left_is_written_over(
+    serve: Callable[..., Server], image: Path, short_path: Path, left: bytes
+) -> None:
+    path = short_path / "pid"
+    path.write_bytes(left)
+    server = serve(image, "--pid-file", path)
+    assert poll(lambda: path.read_text().strip(), what="the process id") == str(server.pid)
+
+
+@pytest.mark.parametrize(
+    "words", ["-U s2", "-p 10810", "-fU s2", "-Us2", "--unix=s2", "-P p", "--pid-file p", "-s", "-i ::"]
+)
+def test_where_the_image_is_served_is_not_said_to_nbdkit_alone(image: Path, short_path: Path, words: str) -> None:
+    # The lines to attach would lead nowhere.
+    said = refused(PROGRAM, "serve", image, "--socket", short_path / "s", "--", *words.split(), cwd=short_path)
+    option = "-U" if words in ("-fU s2", "-Us2") else words.split(maxsplit=1)[0].partition("=")[0]
+    assert said.startswith(f"nbd-qcow2j: {option} after --: where the image is served say --socket, ")
+    assert not is_attached(image) and not list(short_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["socket", "pid-file"])
+def test_an_empty_name_is_refused(image: Path, short_path: Path, option: str) -> None:
+    words = ["--socket", ""] if option == "socket" else ["--socket", short_path / "s", f"--{option}", ""]
+    assert refused(PROGRAM, "serve", image, *words) == f"nbd-qcow2j: option {option}: it is empty"
+    assert refused(PROGRAM, "serve", "", "--socket", "s") == "nbd-qcow2j: IMAGE: the name is empty"
+
+
+def test_a_server_takes_as_many_descriptors_as_it_may(serve: Callable[..., Server], image: Path) -> None:
+    server = serve(image)
+    soft, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+    assert soft == (1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16))
 
 
 def test_without_a_place_to_listen_or_with_two_the_usage_is_shown(image: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import stat
 from typing import Any
 
 from ..errors import OptionError, printable
@@ -57,8 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
         path = backing_path(backing, arguments.image)
         if path is None:
             raise OptionError(f"-b: {printable(backing)} names no file, for it begins like a protocol; ./NAME would")
+        if not (stat.S_ISREG(mode := os.stat(path).st_mode) or stat.S_ISBLK(mode)):
+            raise OptionError(f"-b: {printable(path)} is neither a regular file nor a block device")
         with open(path, "rb") as file:
-            length = os.fstat(file.fileno()).st_size
+            # Not what stat says: a block device has no length there.
+            length = file.seek(0, os.SEEK_END)
+            file.seek(0)
             if arguments.backing_format == "qcow2":
                 length = parse_header(file.read(1 << 16), file_size=length, name=path).size
         size = length if size is None else size

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import ipaddress
 import os
+import resource
 import shlex
 import shutil
 import socket
@@ -27,7 +28,7 @@ from ..errors import Error, OptionError, printable
 from ..format.header import check_usable, journal_extension_of, parse_header
 from ..image.backing import open_backing
 from ..locks import READER, WRITER
-from ..nbdkit_words import is_read_only, split_keys
+from ..nbdkit_words import is_read_only, places, split_keys
 from ..options import UNITS, Options, describe_options, parse_address, parse_options
 from ..storage import FileStorage
 
@@ -41,6 +42,10 @@ THREADS = 4
 
 # sun_path, less its closing zero.
 _SOCKET_PATH_BYTES = 107
+_PID_BYTES = 32
+"""More than a process id and a newline take."""
+_DESCRIPTORS = 1 << 16
+"""A connection takes three; the usual limit of 1,024 is for programs that use select."""
 # Options of the image that `serve` takes in another form.
 _SPELT_OUT = frozenset({"file", "read-only", "remove-socket"})
 
@@ -70,6 +75,13 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check, say where the image will be, and exec nbdkit. Returns only if nothing was started."""
+    if taken := places(arguments.passed_on):
+        raise OptionError(
+            f"{taken[0]} after --: where the image is served say --socket, --port, --address and --pid-file"
+        )
+    for name in ("socket", "address", "pid_file"):
+        if getattr(arguments, name) == "":
+            raise OptionError(f"option {name.replace('_', '-')}: it is empty")
     pairs = _pairs(arguments)
     options = parse_options(pairs)
     nbdkit = shutil.which("nbdkit", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
@@ -82,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_image(options)
     if arguments.pid_file is not None:
         # nbdkit writes it when it is in the background, where nobody hears that it cannot.
-        check_directory("pid-file", os.path.abspath(arguments.pid_file))
+        check_pid_file(os.path.abspath(arguments.pid_file))
     if options.metrics is not None:
         check_port("metrics", *parse_address(options.metrics))
     if arguments.socket is not None:
@@ -116,6 +128,12 @@ def run(arguments: argparse.Namespace) -> int:
     when = BEFORE_FORK if arguments.daemonize else ONCE_LISTENING
     said = f"{_how_to_attach(options, uri, arguments)}\n"
     sys.stderr.flush()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        # Forbidden: then there are as many as there were.
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     # The interpreter that nbdkit embeds looks for its library beside the first python3 on PATH, which may be another
     # build of the same version (pyenv, conda), whose modules do not load.
     os.execve(nbdkit, command, {**os.environ, "PYTHONHOME": sys.base_prefix, when: said})
@@ -174,6 +192,23 @@ def check_directory(name: str, path: str) -> None:
         raise OptionError(f"option {name}: no permission to make a file in {directory}")
     if os.path.isdir(path):
         raise OptionError(f"option {name}: {path} is a directory")
+
+
+def check_pid_file(path: str) -> None:
+    """Whether nbdkit may write its process id there: over nothing but another one, for it truncates the file.
+
+    A disk image may be at `path`, under this name or another. Raises OptionError.
+    """
+    check_directory("pid-file", path)
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OptionError(f"option pid-file: {path} exists and is not a regular file")
+        with open(path, "rb") as file:
+            found = file.read(_PID_BYTES + 1)
+    except FileNotFoundError:
+        return
+    if len(found) > _PID_BYTES or not (found.strip() or b"0").isdigit():
+        raise OptionError(f"option pid-file: {path} exists and is no file of a process id")
 
 
 def claim_socket(path: str) -> None:
