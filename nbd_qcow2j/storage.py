@@ -372,8 +372,8 @@ def _check_kind(status: os.stat_result, name: str, *, read_only: bool) -> None:
             f"image nor its journal can grow there; put the image in a file, or serve it with read-only=true"
         )
     if stat.S_ISDIR(mode):
-        raise ImageError(f"{name} is a directory; give the path of a qcow2 file")
-    raise ImageError(f"{name} is not a regular file; give the path of a qcow2 file")
+        raise ImageError(f"{name} is a directory; give the path of a disk image")
+    raise ImageError(f"{name} is not a regular file; give the path of a disk image")
 
 
 def _cannot_open(name: str, error: OSError, *, read_only: bool) -> ImageError:

@@ -150,6 +150,10 @@ def test_create_never_overwrites_and_refuses_in_one_line(tmp_path: Path) -> None
         assert not new.exists()
 
 
+def test_the_name_of_what_was_created_stays_on_its_line(tmp_path: Path) -> None:
+    assert said("create", tmp_path / "two\nlines", "1M") == f"created {tmp_path}/two\\nlines, 1M\n"
+
+
 def test_a_disk_of_no_bytes_leaks_nothing(tmp_path: Path) -> None:
     image = tmp_path / "none.qcow2"
     run(PROGRAM, "create", image, "0")

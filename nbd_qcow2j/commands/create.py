@@ -90,5 +90,5 @@ def run(arguments: argparse.Namespace) -> int:
             if isinstance(error, OSError):
                 raise OSError(error.errno, error.strerror, arguments.image) from None
             raise
-    print(f"created {arguments.image}, {format_size(size)}")
+    print(f"created {printable(arguments.image)}, {format_size(size)}")
     return 0
