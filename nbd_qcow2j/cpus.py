@@ -15,9 +15,9 @@ request before the one that has this request answers it, and what is woken takes
 to another for each request. A SCHED_BATCH thread waits until the CPU is left to it, and by then the first one receives
 the next request itself, as with a single thread. Requests a second at depth 1, without and with it: on a shared CPU
 reads 13,500 and 14,000, sequential writes 9,500 and 9,900; in a busier hour, with the background under that policy as
-well, 8,100 and 10,500, 8,100 and 9,100. On any CPU, where it is one wake-up in two or so, writes with a flush each
-2,610 and 2,840, sequential ones 11,500 and 13,100. Its price: they wait longer where others compute on that CPU (two
-busy loops on two CPUs: 5,900 and 5,300 reads on a shared one, 15,500 and 15,000 on any).
+well, 8,100 and 10,500, 8,100 and 9,100. On any CPU writes with a flush each 2,610 and 2,840, wherever the choice below
+puts them sequential ones 11,500 and 13,100. Its price: they wait longer where others compute on that CPU (two busy
+loops on two CPUs: 5,900 and 5,300 reads on a shared one, 15,500 and 15,000 on any).
 
 What tells the two loads apart is the time from the end of a callback to the start of the next: a client's way round
 takes 25 us or more, from a queue comes the next request in 5.

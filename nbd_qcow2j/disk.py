@@ -296,7 +296,7 @@ class Disk:
 
         As `take_tokens`, for what is most common: a cluster without a home, whose L2 table is ours and in memory.
         A write that makes a cluster pending takes 6.6 us in a loop without this, 3.7 with it; after a wait for a
-        client, with no code in the caches, 27 and 18.
+        client, with no code in the caches, 27 and 21.
         """
         index = cluster >> self._l2_bits
         l1_entry = self._l1[index]
