@@ -64,8 +64,6 @@ class Cpus:
         self._background = threading.local()
         self.gathered = False
         """Whether the threads that answer requests are on one CPU now."""
-        self._patient = False
-        """Whether they let run what runs when they wake: where no requests queue."""
         self._queued = False
         """Whether requests queued at the last look."""
         self._comparison = Comparison()
@@ -75,7 +73,6 @@ class Cpus:
             return
         self._shared = {cpu if isinstance(cpu, int) else _quiet(self._allowed)}
         self._apart = self._allowed - self._shared
-        self._patient = True
         if cpu == "auto":
             for each in self._operations:
                 each.on_many = self._look
@@ -88,7 +85,7 @@ class Cpus:
         """A thread, by its native identifier, answers its first request."""
         if self.gathered:
             self._place([thread], self._shared)
-        if self._patient:
+        if self._shared and not self._queued:
             self._set_policy([thread], os.SCHED_BATCH)
 
     def in_background(self) -> None:
@@ -116,7 +113,8 @@ class Cpus:
             between = (elapsed - (busy - self._seen[1])) // requests
             self._seen = (now, busy, count)
             queued = between < (ALONE_NS if self._queued else QUEUED_NS)
-            if queued != self._queued:
+            changed = queued is not self._queued
+            if changed:
                 self._queued = queued
                 self._comparison.abandon()
             gather = queued or self._try(elapsed, requests)
@@ -125,8 +123,7 @@ class Cpus:
                 # Order: a thread that joins meanwhile is in `kept` already, or sees `gathered`.
                 self._place(list(kept.values()), self._shared if gather else self._allowed)
             # Not where requests queue: it gains nothing there, and each request would wait for whoever else computes.
-            if self._patient is queued:
-                self._patient = not queued
+            if changed:
                 self._set_policy(list(kept.values()), os.SCHED_OTHER if queued else os.SCHED_BATCH)
         finally:
             self._looking.release()

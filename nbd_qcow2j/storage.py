@@ -204,12 +204,6 @@ class FileStorage:
     def write_sync(self, offset: int, buffers: Sequence[Buffer]) -> None:
         if self._has_dsync:
             try:
-                if len(buffers) == 1:
-                    # The way of every small commit.
-                    done, length = os.pwritev(self._fd, buffers, offset, os.RWF_DSYNC), _size(buffers[0])
-                    if done == length:
-                        return
-                    offset, buffers = offset + done, _skip(buffers, done)
                 self._pwrite_all(offset, buffers, os.RWF_DSYNC)
                 return
             except OSError as error:
@@ -304,6 +298,7 @@ class FileStorage:
     def _pwrite_all(self, offset: int, buffers: Sequence[Buffer], flags: int) -> None:
         """pwritev in calls of at most MAX_BUFFERS buffers; a short one goes on where it stopped."""
         if len(buffers) <= MAX_BUFFERS and (total := sum(map(_size, buffers))) <= MAX_BYTES:
+            # The way of every small commit.
             done = os.pwritev(self._fd, buffers, offset, flags) if total else 0
             if done == total:
                 return

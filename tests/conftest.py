@@ -65,6 +65,15 @@ def run(*words: object, check: bool = True, **options: Any) -> subprocess.Comple
     return done
 
 
+def refused(*words: object, **options: Any) -> str:
+    """What a command that must fail says: one line, without a traceback."""
+    done = run(*words, check=False, timeout=30, **options)
+    assert done.returncode == 1, (done.returncode, done.stdout, done.stderr)
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    return done.stderr.rstrip("\n")
+
+
 def poll(condition: Callable[[], Any], *, what: str, seconds: float = 10.0) -> Any:
     """The first true value of `condition()`, looked at again and again; an AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds

@@ -348,6 +348,9 @@ def test_a_block_device_beneath_has_its_length(tmp_path: Path) -> None:
         assert qemu_info(tmp_path / "over2.qcow2")["virtual-size"] == 3 << 20
     finally:
         run("losetup", "-d", device)
+
+
+def test_what_is_no_file_is_not_waited_for_as_a_backing_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     said = f"-b: {tmp_path / 'fifo'} is neither a regular file nor a block device"
     assert refused("create", tmp_path / "new.qcow2", "-b", tmp_path / "fifo", "-F", "raw") == said

@@ -254,6 +254,8 @@ def test_a_path_that_is_not_metrics_is_not_found_and_the_server_goes_on(image: P
 
 def test_a_scraper_that_goes_away_is_no_news(image: Path, measured: Any) -> None:
     server, port = measured(image)
+    files = Path(f"/proc/{server.pid}/fd")
+    before = len(list(files.iterdir()))
     for asks in (b"", b"GET /metrics HTTP/1.0\r\n\r\n"):
         for how in (0, 1):
             for _ in range(20):
@@ -262,7 +264,8 @@ def test_a_scraper_that_goes_away_is_no_news(image: Path, measured: Any) -> None
                     scraper.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", how, 0))
                     scraper.sendall(asks)
     assert values(port)["device_state serving"] == 1
-    time.sleep(0.2)
+    # What there is to say of one is said before it is closed.
+    poll(lambda: len(list(files.iterdir())) <= before, what="all scrapers are gone")
     assert "Traceback" not in server.log and "rror" not in server.log, server.log
 
 

@@ -196,7 +196,7 @@ class Log:
     def may_commit(self) -> bool:
         """Room for ordinary commits ends at the reserve; beyond it only what makes the tail passable goes."""
         ring, running = self.ring, self.running
-        if ring.head - ring.tail + running.size + ring.reserve <= ring.length or not running.in_ring:
+        if not running.in_ring or ring.used + running.size + ring.reserve <= ring.length:
             return True
         return ring.used + running.size <= ring.length and self.frees_tail()
 
@@ -297,8 +297,7 @@ class Log:
                 sequence=sequence, start=position, end=position + encoded.length, crc=encoded.crc
             )
             # Order: revokes before records: they void what is older than this transaction, not what it holds.
-            if transaction.guest_revokes or transaction.host_revokes:
-                self._apply_revokes(transaction)
+            self._apply_revokes(transaction)
             for index, page in transaction.pages.items():
                 self.set_record(index, page, entry)
             for offset, content in sectors:

@@ -60,7 +60,7 @@ class Transaction:
 
     @property
     def empty(self) -> bool:
-        return not (self.pages or self.holds or self.in_ring or self.freed)
+        return not (self.in_ring or self.holds or self.freed)
 
     def note_sector(self, host_offset: int, table: Table) -> None:
         """A metadata sector changed: its content is copied when the commit starts."""
