@@ -24,7 +24,7 @@ from .format.header_rewrite import used_end
 from .format.journal import ALIGNMENT, MIN_RING, SLOTS_LENGTH, Location
 from .format.tables import MAX_HOST_OFFSET, table_from_bytes
 from .geometry import SECTOR
-from .image.allocator import Allocator
+from .image.allocator import Allocator, largest_reftable
 from .image.counted import Counted
 from .image.epochs import Epochs
 from .image.mapping import Mapping
@@ -258,7 +258,12 @@ def _build(
     name: str,
 ) -> Disk:
     geometry = header.geometry
-    ring = Ring(location or Location(0, SLOTS_LENGTH + MIN_RING), geometry, uuid=uuid)
+    ring = Ring(
+        location or Location(0, SLOTS_LENGTH + MIN_RING), geometry, uuid=uuid,
+        largest_reftable=largest_reftable(
+            geometry, end=max(tables.last, end, overlaps.ring[1]), now=tables.reftable.length
+        ),
+    )  # fmt: skip
     epochs = Epochs()
     log = Log(file, ring, geometry, epochs)
     cache = TableCache(file, table_size=geometry.cluster_size, limit_bytes=settings.l2_cache, home=log.home, name=name)

@@ -24,6 +24,7 @@ from nbd_qcow2j.format.journal import (
     encode_transaction,
 )
 from nbd_qcow2j.geometry import Geometry
+from nbd_qcow2j.image.allocator import MAX_REFTABLE_BYTES
 from nbd_qcow2j.journal.ring import HOME_SECTORS, Ring
 from nbd_qcow2j.journal.transaction import BASE_COST, SECTOR_COST
 from nbd_qcow2j.steps import run_simply
@@ -111,8 +112,9 @@ def test_a_full_ring_drains_whatever_the_links_take(cluster: int, flush_every: i
             assert data == b"N" * cluster
 
 
-def ring_of(cluster_bits: int, length: int) -> Ring:
-    return Ring(Location(1 << 20, SLOTS_LENGTH + length), Geometry(cluster_bits, 4, 1 << 30), uuid=bytes(16))
+def ring_of(cluster_bits: int, length: int, largest_reftable: int = 0, refcount_order: int = 4) -> Ring:
+    location, geometry = Location(1 << 20, SLOTS_LENGTH + length), Geometry(cluster_bits, refcount_order, 1 << 30)
+    return Ring(location, geometry, uuid=bytes(16), largest_reftable=largest_reftable)
 
 
 @given(
@@ -152,10 +154,57 @@ def test_what_was_admitted_can_be_linked_in_the_worst_order(cluster_bits: int, u
 @pytest.mark.parametrize("cluster_bits", [9, 10, 12, 16, 21])
 @pytest.mark.parametrize("units", [16, 64, 8192])
 def test_an_empty_ring_takes_the_largest_operation(cluster_bits: int, units: int) -> None:
-    ring = ring_of(cluster_bits, units * ALIGNMENT)
+    ring = ring_of(cluster_bits, units * ALIGNMENT, MAX_REFTABLE_BYTES >> cluster_bits, 6)
     assert ring.pages_at_once >= 1
     assert ring.has_room(running=BASE_COST, cost=ring.most_cost, clusters=ring.pages_at_once)
     assert ring.home_cost == HOME_SECTORS * SECTOR_COST + 24
+
+
+def long_image(table_clusters: int, *, size: int, journal: int) -> SimDisk:
+    """Clusters of 512 bytes, refcounts of 64 bits, and a file so long that little more needs a larger table of them."""
+    per_block, l1_clusters = 64, -(-size // (64 * 512 * 64))
+    blocks = 1
+    while (total := 1 + table_clusters + blocks + l1_clusters) > blocks * per_block:
+        blocks += 1
+    first_block, l1 = 1 + table_clusters, 1 + table_clusters + blocks
+    head = bytearray(new_image(512, cluster_size=512, refcount_bits=64)[0][0][1].ljust(512, b"\0"))
+    struct.pack_into(">Q", head, 24, size)
+    struct.pack_into(">IQQI", head, 36, size // (64 * 512), l1 * 512, 512, table_clusters)
+    writes = [
+        (0, bytes(head)), (512, b"".join(struct.pack(">Q", (first_block + each) * 512) for each in range(blocks))),
+        (first_block * 512, struct.pack(">Q", 1) * total),
+    ]  # fmt: skip
+    # Behind it lies the journal, with room for a growth before it.
+    return SimDisk.of(writes, table_clusters * 64 * per_block * 512 - (1 << 20) - journal)
+
+
+@pytest.mark.parametrize("table_clusters", [100, 1000, 10000])
+def test_the_reserve_covers_what_a_larger_refcount_table_notes(table_clusters: int) -> None:
+    shape = Shape("", 1 << 20, journal=1 << 18)
+    sim = long_image(table_clusters, size=shape.size, journal=shape.journal)
+    engine = Engine(sim, shape, Random(1))
+    disk = engine.open()
+    allocator, ring = disk.allocator, disk.log.ring
+    table = allocator.reftable
+    for cluster in range(0, 512, 64):
+        run_simply(changes.write(disk, b"N" * 512, cluster * 512))
+    while not checkpoint.is_tight(disk):
+        run_simply(changes.write(disk, b"n" * 512, 0))
+        run_simply(disk.flush())
+    # What others have been promised, and the credits that they have taken: all that is left but the reserve.
+    promised = 0
+    ring.outstanding = ring.length - ring.used - disk.log.running.size - ring.reserve
+    while allocator.reftable is table:
+        promised += allocator.available
+        allocator.tokens += allocator.available
+        run_simply(allocator.ensure(1))
+    assert len(disk.log.running.sectors) > table_clusters // 64
+    # Nothing but the slack was taken of what belongs to those who free the tail.
+    assert ring.used + disk.log.running.size + ring.outstanding + ring.reserve - ring.slack <= ring.length
+    allocator.tokens -= promised
+    ring.outstanding = 0
+    settle(engine, detach(disk))
+    assert disk.log.starvations == 0
 
 
 def test_sector_0_is_a_record_of_its_own() -> None:

@@ -29,6 +29,9 @@ HOME_SECTORS = 7
 """Metadata sectors that sending one cluster home can change: its L2 entry, the refcounts of the new and the
 old cluster (a compressed one lies in neighbours: two sectors), the L1 entry, a new L2 table's and its predecessor's
 refcounts."""
+GROWTH_SECTORS = 8
+"""Metadata sectors that growing the pool can change, but for the refcounts of a table that it frees: the entry of a new
+refcount block and those that its clusters come after, the header, the ends of the freed table."""
 PAGES_AT_ONCE = 64
 """Pages that one operation may make pending."""
 
@@ -36,7 +39,8 @@ PAGES_AT_ONCE = 64
 class Ring:
     """Room and order of the committed transactions."""
 
-    def __init__(self, location: Location, geometry: Geometry, *, uuid: bytes) -> None:
+    def __init__(self, location: Location, geometry: Geometry, *, uuid: bytes, largest_reftable: int = 0) -> None:
+        """`largest_reftable`: clusters of the largest refcount table that may be freed while this ring is in use."""
         self.location = location
         self.length = location.ring_length
         self.uuid = uuid
@@ -54,9 +58,6 @@ class Ring:
             self.length // 16, BASE_COST + 2 * page_cost, BASE_COST + 2 * HOME_SECTORS * SECTOR_COST
         )
         self.home_cost = HOME_SECTORS * SECTOR_COST + DESCRIPTOR_LENGTH
-        slack = 8 * SECTOR_COST
-        """What growing the pool notes without credits."""
-        self._fixed_reserve = self.max_transaction + BASE_COST + slack
         self.most_linked = max(1, (self.max_transaction - BASE_COST) // page_cost)
         """Clusters that one transaction's pages may be of."""
         self._growth = _growth(self.page_size, self.most_linked)
@@ -67,8 +68,15 @@ class Ring:
         self.most_cost = min(self.max_transaction - BASE_COST, self.max_transaction // 2 + ALIGNMENT)
         """The largest cost that an operation takes."""
         # Each cluster more takes this much of the room: some must fit into an empty ring, or nobody could write.
-        room = (self.length - self._fixed_reserve - self.most_cost) // 2
-        most = room // (page_cost + self.home_cost + self._growth)
+        a_cluster = 2 * (page_cost + self.home_cost + self._growth)
+        room = self.length - self.max_transaction - BASE_COST - self.most_cost
+        freed_sectors = -(-largest_reftable * geometry.refcount_bits // (SECTOR * 8))
+        self.slack = min((GROWTH_SECTORS + freed_sectors) * SECTOR_COST, room - a_cluster)
+        """What growing the pool notes without credits. A larger refcount table frees the one before: with clusters of
+        512 bytes, and refcounts of 64 bits, a sector of refcounts for each 64 clusters of it. A ring that is too small
+        for the largest table of all, 64 KiB, has what it can."""
+        self._fixed_reserve = self.max_transaction + BASE_COST + self.slack
+        most = (room - self.slack) // a_cluster
         self.pages_at_once = max(1, min(PAGES_AT_ONCE, (self.max_transaction - BASE_COST) // 2 // page_cost, most))
 
     @property
