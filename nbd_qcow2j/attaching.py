@@ -111,6 +111,9 @@ def detach(disk: Disk) -> Operation[None]:
         # Order: before the drain, which makes durable what this may find.
         yield from disk.allocator.counted.go_on(COUNTED_AT_CLOSE)
     yield from drain(disk)
+    # Order: in the hold in which the last of it is home. A flush that was answered from here on would be of a journal
+    # that the header does not name.
+    log.end()
     geometry, file = disk.geometry, disk.file
     location = log.ring.location
     try:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from . import changes, checkpoint
 from .attaching import detach
@@ -107,6 +107,8 @@ class Device:
         self.options = options
         self.size = disk.geometry.size
         self.read_only = disk.read_only
+        self._refuses = disk.read_only
+        """Whether changes are: it is read-only, or being closed."""
         self.description = f"journalled qcow2, clusters of {disk.geometry.cluster_size} bytes" + (
             ", read-only" if disk.read_only else ""
         )
@@ -146,7 +148,8 @@ class Device:
         """Send everything home, detach the journal, close the file. May be called again. Raises DeviceFailed."""
         if self._closed:
             return
-        self._closed = True
+        # Order: first, or the drain would have no end while clients write.
+        self._closed = self._refuses = True
         if self._writer is not None:
             self._writer.stop()
         try:
@@ -184,7 +187,7 @@ class Device:
         """Write `data`, which is not looked at after this returns; with `fua`, durable when this returns."""
         disk = self.disk
         length = len(data)
-        if self.read_only or offset < 0 or offset + length > self.size:
+        if self._refuses or offset < 0 or offset + length > self.size:
             self._check_writable(offset, length)
         with self._lock:
             home = disk.in_place.begin(offset, length)
@@ -233,8 +236,10 @@ class Device:
 
     def flush(self) -> None:
         """Return when everything that completed before is durable."""
-        if self.read_only:
-            return
+        if self._refuses:
+            if self.read_only:
+                return
+            self._refuse_closing()
         self._runner.run(self.disk.flush())
 
     def cache(self, offset: int, length: int) -> None:
@@ -262,7 +267,7 @@ class Device:
         disk, log = self.disk, self.disk.log
         with self._lock:
             state = (
-                "read-only" if self.read_only else "failed" if log.failed is not None
+                "read-only" if self.read_only else "failed" if log.failed is not None and not log.ended
                 else "corrupt" if disk.corrupt else "serving"
             )  # fmt: skip
             return Statistics(
@@ -291,8 +296,13 @@ class Device:
 
     def _check_writable(self, offset: int, length: int) -> None:
         if self.read_only:
-            raise RequestError(1, "the device is read-only")
+            raise RequestError(errno.EPERM, "the device is read-only")
+        if self._refuses:
+            self._refuse_closing()
         changes.refuse_out_of_range(self.disk, offset, length)
+
+    def _refuse_closing(self) -> NoReturn:
+        raise RequestError(errno.ESHUTDOWN, "the image is being closed")
 
     def _change(self, make: Callable[[], Operation[None]], what: str) -> None:
         self.disk.log.check()
