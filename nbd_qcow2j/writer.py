@@ -29,6 +29,9 @@ ROUNDS_AT_ONCE = 16
 RETRY_SECONDS = 0.2
 """How long to wait before trying again where the host file system has no room."""
 
+IDLE_LOOKS = 4
+"""In an interval of the checkpoint: that the disk is idle is seen a quarter of it late at most."""
+
 
 class Settings(Protocol):
     """What the writer needs of the options; sizes in bytes, times in seconds."""
@@ -187,17 +190,20 @@ class Writer:
 
     async def _checkpoint_task(self) -> None:
         disk, log = self.disk, self.disk.log
-        seen = -1
+        interval = self.settings.checkpoint_interval
+        seen, since = -1, trio.current_time()
         while True:
-            rung = await self._checkpoint.wait(self.settings.checkpoint_interval)
+            rung = await self._checkpoint.wait(interval / IDLE_LOOKS)
             log.check()
-            idle = not rung and log.running.number == seen
-            seen = log.running.number
+            if log.running.number != seen:
+                seen, since = log.running.number, trio.current_time()
+            idle = not rung and trio.current_time() - since >= interval
             while not self._stopping and self._has_work(idle):
                 starved = log.starvations
                 done = await trio.to_thread.run_sync(self._rounds, idle)
                 self._room.ring()
                 if not done:
+                    since = trio.current_time()
                     tight = checkpoint.is_tight(disk)
                     await trio.sleep(RETRY_SECONDS if tight or log.starvations != starved else 0.01)
                     break
