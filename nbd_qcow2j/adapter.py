@@ -29,7 +29,7 @@ from .counters import OperationCounters
 from .cpus import Cpus
 from .driver import Device, open_device
 from .errors import Error
-from .lifecycle import SocketFile, StartGuard, Stopper, uninterrupted
+from .lifecycle import SocketFile, StartGuard, Stopper, check_descriptors, uninterrupted
 from .nbdkit_words import is_read_only, own_words
 from .options import UNITS, Options, describe_options, parse_options
 from .refusals import explain, refusal
@@ -117,6 +117,7 @@ def get_ready() -> None:
 
                 with _stopper.own_listeners():
                     _metrics = start_metrics(_options.metrics)
+            check_descriptors()
             _device = open_device(_options)
         _start_guard.arm(_close)
         Announcement(BEFORE_FORK).say()

@@ -31,14 +31,33 @@ import stat
 import threading
 from collections.abc import Callable, Collection, Iterator
 
+from .errors import OptionError
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """Those on which nbdkit ends: a closed terminal and Ctrl-\\ are no reason to stay attached either."""
 GRACE_SECONDS = 1.0
 SPARE_DESCRIPTORS = 8
 """Kept to look at connections with when their clients have taken all others: one to list them, one for a duplicate,
 and what nbdkit takes for the client that it was accepting."""
+NEEDED_DESCRIPTORS = SPARE_DESCRIPTORS + 16
+"""That serving will take: the image twice, two socket pairs, trio's epoll, what nbdkit listens on, a client, a few."""
 # How long nothing may have arrived on a connection for it to be idle: between two looks.
 SWEEP_SECONDS = 0.05
+
+
+def check_descriptors() -> None:
+    """Whether there are enough for what comes after the fork, where a daemon tells nobody. Raises OptionError."""
+    taken: list[int] = []
+    try:
+        for _ in range(NEEDED_DESCRIPTORS):
+            taken.append(os.dup(2))
+    except OSError as error:
+        raise OptionError(
+            f"{error.strerror}: serving needs {NEEDED_DESCRIPTORS - len(taken)} descriptors more than ulimit -n allows"
+        ) from None
+    finally:
+        for each in taken:
+            os.close(each)
 
 
 def _sockets() -> Iterator[socket.socket]:

@@ -50,6 +50,16 @@ def test_the_help_and_dump_plugin_list_every_key_with_its_default() -> None:
         assert text in helped
 
 
+@pytest.mark.parametrize("daemonize", [[], ["--daemonize"]])
+def test_too_few_descriptors_are_told_of_before_anybody_is_told_where_to_connect(
+    image: Path, short_path: Path, daemonize: list[str]
+) -> None:
+    words = [PROGRAM, "serve", image, "--socket", short_path / "s", *daemonize]
+    said = refused("prlimit", "--nofile=20:20", *words)
+    assert "Too many open files: serving needs " in said
+    assert not is_attached(image)
+
+
 @pytest.fixture
 def not_images(tmp_path: Path, image: Path) -> dict[str, Path]:
     """Files that cannot be served, by what must be said about them."""
