@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__, commands
-from .errors import Error, OptionError
+from .errors import Error, OptionError, explain_os_error, printable
 
 # The order of the help; what is not named here comes after.
 _ORDER = ("serve", "create", "info", "check", "recover", "journal")
@@ -49,14 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape")
     words = list(sys.argv[1:] if argv is None else argv)
-    names = _names()
-    command = words[0] if words and words[0] in names else None
+    command: str | None = None
     passed_on: list[str] = []
-    if command == "serve" and "--" in words:
-        # argparse would mix what follows with our own arguments.
-        split = words.index("--")
-        words, passed_on = words[:split], words[split + 1 :]
     try:
+        names = _names()
+        command = words[0] if words and words[0] in names else None
+        if command == "serve" and "--" in words:
+            # argparse would mix what follows with our own arguments.
+            split = words.index("--")
+            words, passed_on = words[:split], words[split + 1 :]
         arguments = _parse(words, names, command)
         arguments.passed_on = passed_on
         if arguments.image == "":
@@ -74,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except Error as error:
-        print(f"nbd-qcow2j: {error}", file=sys.stderr)
+        print(f"nbd-qcow2j: {printable(str(error))}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"nbd-qcow2j: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
+        print(f"nbd-qcow2j: {explain_os_error(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

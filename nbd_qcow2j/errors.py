@@ -19,8 +19,21 @@ nothing is lost by it; from a sync or a synchronous write it is a lost write lik
 
 
 def printable(name: str) -> str:
-    """A name that comes from an image, on one line and without what a terminal would obey."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in name)
+    """A name of a file, or a text with one in it, on one line and without what a terminal would obey."""
+    return name if name.isprintable() else "".join(map(_escaped, name))
+
+
+def _escaped(each: str) -> str:
+    if each.isprintable():
+        return each
+    # A byte that is no UTF-8, as Python's surrogateescape has it.
+    return f"\\x{ord(each) - 0xDC00:02x}" if "\udc80" <= each <= "\udcff" else ascii(each)[1:-1]
+
+
+def explain_os_error(error: OSError) -> str:
+    """What the system said, and of which file, in one line."""
+    where = f"{printable(str(error.filename))}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
 
 
 class Error(Exception):

@@ -11,7 +11,7 @@ from typing import Any
 
 import nbdkit
 
-from .errors import Error
+from .errors import Error, explain_os_error, printable
 
 # The errnos that NBD can tell a client apart; anything else is EIO.
 _TOLD = frozenset(
@@ -75,5 +75,5 @@ def _forget_frames(error: BaseException) -> None:
 def explain(error: BaseException) -> str:
     """What happened, in one line."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error) if isinstance(error, Error) else f"internal error: {error!r}"
+        return explain_os_error(error)
+    return printable(str(error)) if isinstance(error, Error) else f"internal error: {error!r}"

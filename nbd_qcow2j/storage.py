@@ -375,7 +375,7 @@ def _cannot_open(name: str, error: OSError, *, read_only: bool) -> ImageError:
     hints = {
         errno.ENOENT: "; `nbd-qcow2j create` makes an image",
         errno.EEXIST: "; it was left as it is",
-        errno.EROFS: "; read-only=true serves it without writing",
+        errno.EROFS: "; served read-only it can be",
         errno.EACCES: "; served read-only it can be" if not read_only and os.access(name, os.R_OK) else "",
     }
     number = error.errno or errno.EIO

@@ -360,3 +360,23 @@ def test_what_somebody_has_read_enough_of_is_no_error(killed: Path) -> None:
     done = run("sh", "-c", f"{PROGRAM} journal --json {killed} | true; {PROGRAM} info {killed} | head -1")
     assert done.stdout == f"filename: {killed}\n"
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", [["info"], ["check"], ["recover"], ["journal"]])
+@pytest.mark.parametrize("content", [b"", b"garbage", None])
+def test_a_name_with_a_newline_stays_on_its_line(tmp_path: Path, command: list[str], content: bytes | None) -> None:
+    path = tmp_path / "two\nlines"
+    if content is None:
+        run("qemu-img", "create", "-q", "-f", "qcow2", path, "1M")
+    elif content:
+        path.write_bytes(content)
+    done = run(PROGRAM, *command, path, check=False)
+    said = done.stdout + done.stderr
+    assert "two\nlines" not in said
+    assert r"two\nlines" in said
+
+
+def test_a_name_that_is_not_text_is_shown_by_its_bytes(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path / "caf") + b"\xe9")
+    said = run(PROGRAM, "info", path, check=False).stderr
+    assert rf"{tmp_path}/caf\xe9: No such file or directory" in said

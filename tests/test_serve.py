@@ -189,7 +189,13 @@ def test_a_tcp_port_for_everybody_warns_unless_tls_is_required(
     keys.write_text(f"alice:{'42' * 32}\n")
     options = ["--", f"--tls={tls}", *([f"--tls-psk={keys}"] if tls != "off" else [])]
     _, log = serve_tcp(image, free_port(), "--address", "0.0.0.0", *options)
-    assert ("NBD has no passwords" in log.read_text()) is (tls != "require")
+    said = log.read_text()
+    assert ("NBD has no passwords" in said) is (tls != "require")
+    # What is printed can be typed: an address to connect to, and with TLS only what can be told of it in the URI.
+    scheme = "nbds" if tls == "require" else "nbd"
+    assert f" at {scheme}://{socket.gethostname()}:" in said
+    assert "0.0.0.0" not in said.replace("anybody who reaches 0.0.0.0", "")
+    assert ("sudo nbd-client" in said) is ("qemu-img convert" in said) is (tls != "require")
 
 
 def test_a_port_in_use_is_one_clear_line_and_the_image_stays_plain(image: Path) -> None:

@@ -10,7 +10,7 @@ import shlex
 import sys
 from typing import Any
 
-from ..errors import ImageError, NotQcow2
+from ..errors import ImageError, NotQcow2, printable
 from ..format.header import (
     INCOMPAT_CORRUPT,
     INCOMPAT_DATA_FILE,
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         return _run(arguments)
     except NotQcow2 as error:
-        print(f"nbd-qcow2j: {error}", file=sys.stderr)
+        print(f"nbd-qcow2j: {printable(str(error))}", file=sys.stderr)
         return NOT_SUPPORTED
 
 
@@ -65,7 +65,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.repair:
         for line in _repair(arguments.image, everything=arguments.repair == "all"):
             if not arguments.quiet:
-                print(line, file=sys.stderr if arguments.json else sys.stdout)
+                print(printable(line), file=sys.stderr if arguments.json else sys.stdout)
     with looked_into(arguments.image) as (file, found, plan):
         header = found
         if header.incompatible & (INCOMPAT_DATA_FILE | ~INCOMPAT_KNOWN):
@@ -95,13 +95,13 @@ def _run(arguments: argparse.Namespace) -> int:
             facts["journal-transactions"] = transactions
         print(json.dumps(facts, indent=4))
     else:
-        _print(report, arguments.image, transactions if journal is not None else None)
+        _print(report, printable(arguments.image), transactions if journal is not None else None)
         bits = header.incompatible
         marks = [word for bit, word in ((INCOMPAT_DIRTY, "dirty"), (INCOMPAT_CORRUPT, "corrupt")) if bits & bit]
         if marks:
             print(
-                f"{arguments.image} is marked {' and '.join(marks)}, and is not served for writing; check --repair all "
-                "takes that away where nothing else is wrong"
+                f"{printable(arguments.image)} is marked {' and '.join(marks)}, and is not served for writing; "
+                "check --repair all takes that away where nothing else is wrong"
             )
     return report.exit_code
 
@@ -163,7 +163,7 @@ def _keep(path: str, old: list[tuple[int, bytes]]) -> str:
 
 def _print(report: CheckReport, name: str, transactions: int | None) -> None:
     for message in report.messages:
-        print(message, file=sys.stderr)
+        print(printable(message), file=sys.stderr)
     if report.messages_left_out:
         print(f"... and {report.messages_left_out} more", file=sys.stderr)
     if transactions is not None:

@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from ..errors import printable
 from ..format.journal import GUEST_DATA, REVOKE_GUEST, REVOKE_HOST, WRITE_DATA
 from ._open import add_force_share, looked_into
 
@@ -28,10 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
     with looked_into(arguments.image, share=arguments.force_share) as (_, _, plan):
         if plan is None:
             if not arguments.json:
-                print(f"{arguments.image} has no journal attached")
+                print(f"{printable(arguments.image)} has no journal attached")
             return 0
         if not plan.transactions and not arguments.json:
-            print(f"{arguments.image} has an attached journal without transactions")
+            print(f"{printable(arguments.image)} has an attached journal without transactions")
         for transaction in plan.transactions:
             position = (plan.slot.tail_position + transaction.start) % plan.location.ring_length
             if arguments.json:

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ..driver import open_device
+from ..errors import printable
 from ..format.header import INCOMPAT_JOURNAL
 from ..locks import READER
 from ..opening import read_header
@@ -29,13 +30,14 @@ def run(arguments: argparse.Namespace) -> int:
     with FileStorage.open(options.file, read_only=True) as file:
         file.lock(READER)
         header, _ = run_simply(read_header(file, name=arguments.image))
+    name = printable(arguments.image)
     if not header.incompatible & INCOMPAT_JOURNAL:
-        print(f"{arguments.image} has no journal attached: there is nothing to recover")
+        print(f"{name} has no journal attached: there is nothing to recover")
         return 0
     device = open_device(options, recover=True)
     count = device.disk.replayed_transactions
     device.close()
     if device.disk.corrupt:
-        print(f"{arguments.image} is marked corrupt: {device.disk.corrupt}; qemu-img check -r all mends what can be")
-    print(f"{arguments.image}: {count} transactions replayed, journal detached; it is a plain qcow2 file")
+        print(f"{name} is marked corrupt: {device.disk.corrupt}; qemu-img check -r all mends what can be")
+    print(f"{name}: {count} transactions replayed, journal detached; it is a plain qcow2 file")
     return 0

@@ -97,19 +97,21 @@ def run(arguments: argparse.Namespace) -> int:
         check_pid_file(os.path.abspath(arguments.pid_file))
     if options.metrics is not None:
         check_port("metrics", *parse_address(options.metrics))
+    tls = "--tls=require" in arguments.passed_on or ("--tls", "require") in pairwise(arguments.passed_on)
+    scheme = "nbds" if tls else "nbd"
     if arguments.socket is not None:
         path = os.path.abspath(arguments.socket)
         check_name(path)
         claim_socket(path)
         listen = ["-U", path]
         pairs.append(("remove-socket", path))
-        uri = f"nbd+unix:///?socket={quote(path)}"
+        uri = f"{scheme}+unix:///?socket={quote(path)}"
     else:
         host = arguments.address or "127.0.0.1"
         check_port("port", host, arguments.port)
         listen = ["-i", host, "-p", str(arguments.port)]
-        uri = f"nbd://{f'[{host}]' if ':' in host else host}:{arguments.port}"
-        tls = "--tls=require" in arguments.passed_on or ("--tls", "require") in pairwise(arguments.passed_on)
+        name = _reached_at(host)
+        uri = f"{scheme}://{f'[{name}]' if ':' in name else name}:{arguments.port}"
         if not _is_loopback(host) and not tls:
             print(
                 f"nbd-qcow2j: warning: anybody who reaches {host} port {arguments.port} can read and write the disk:"
@@ -126,7 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
     command += [*for_nbdkit, "python", str(plugin), *(f"{key}={value}" for key, value in pairs), *for_filters]
     # Said by the plugin, when it is true: until then the image may be refused, and nobody listens.
     when = BEFORE_FORK if arguments.daemonize else ONCE_LISTENING
-    said = f"{_how_to_attach(options, uri, arguments)}\n"
+    said = f"{_how_to_attach(options, uri, arguments, tls=tls)}\n"
     sys.stderr.flush()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
@@ -258,22 +260,37 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _how_to_attach(options: Options, uri: str, arguments: argparse.Namespace) -> str:
-    """What to type in another terminal."""
+def _reached_at(host: str) -> str:
+    """Where to connect to what listens at `host`, which may be 0.0.0.0 or [::]."""
+    try:
+        return socket.gethostname() if ipaddress.ip_address(host).is_unspecified else host
+    except ValueError:
+        return host
+
+
+def _how_to_attach(options: Options, uri: str, arguments: argparse.Namespace, *, tls: bool) -> str:
+    """What to type in another terminal; with TLS only what takes it from the URI."""
     quoted = shlex.quote(uri)
     if arguments.socket is not None:
         nbd_client = f"-unix {shlex.quote(os.path.abspath(arguments.socket))}"
     else:
-        nbd_client = f"{arguments.address or '127.0.0.1'} {arguments.port}"
+        nbd_client = f"{_reached_at(arguments.address or '127.0.0.1')} {arguments.port}"
     read_only = ",read-only=on" if options.read_only else ""
     drive = shlex.quote(f"file={uri.replace(',', ',,')},format=raw,if=virtio,discard=unmap{read_only}")
-    lines = [
-        f"serving {printable(options.file)} at {uri}",
-        f"  qemu        qemu-system-x86_64 -m 1G -drive {drive}",
-        f"  /dev/nbd0   sudo modprobe nbd && sudo nbd-client {nbd_client} /dev/nbd0",
-        f"  copy        nbdcopy {quoted} copy.raw",
-        f"  convert     qemu-img convert -f raw -O qcow2 {quoted} copy.qcow2",
-    ]
+    lines = [f"serving {printable(options.file)} at {uri}"]
+    copy = f"  copy        nbdcopy {quoted} copy.raw"
+    if tls:
+        lines += [
+            copy,
+            "  TLS         tls-psk-file=FILE or tls-certificates=DIR in the URI; qemu and nbd-client have options",
+        ]
+    else:
+        lines += [
+            f"  qemu        qemu-system-x86_64 -m 1G -drive {drive}",
+            f"  /dev/nbd0   sudo modprobe nbd && sudo nbd-client {nbd_client} /dev/nbd0",
+            copy,
+            f"  convert     qemu-img convert -f raw -O qcow2 {quoted} copy.qcow2",
+        ]
     if options.metrics is not None:
         lines.append(f"  metrics     http://{options.metrics}/metrics")
     if not arguments.daemonize:
