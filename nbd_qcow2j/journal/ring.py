@@ -30,8 +30,9 @@ HOME_SECTORS = 7
 old cluster (a compressed one lies in neighbours: two sectors), the L1 entry, a new L2 table's and its predecessor's
 refcounts."""
 GROWTH_SECTORS = 8
-"""Metadata sectors that growing the pool can change, but for the refcounts of a table that it frees: the entry of a new
-refcount block and those that its clusters come after, the header, the ends of the freed table."""
+"""Metadata sectors that growing the pool can change: the header, and the refcount table's for new blocks; or"""
+MOVE_SECTORS = 4
+"""as many, and those with the refcounts of a table that it frees, where these are more."""
 PAGES_AT_ONCE = 64
 """Pages that one operation may make pending."""
 
@@ -70,8 +71,8 @@ class Ring:
         # Each cluster more takes this much of the room: some must fit into an empty ring, or nobody could write.
         a_cluster = 2 * (page_cost + self.home_cost + self._growth)
         room = self.length - self.max_transaction - BASE_COST - self.most_cost
-        freed_sectors = -(-largest_reftable * geometry.refcount_bits // (SECTOR * 8))
-        self.slack = min((GROWTH_SECTORS + freed_sectors) * SECTOR_COST, room - a_cluster)
+        moved = -(-largest_reftable * geometry.refcount_bits // (SECTOR * 8)) + MOVE_SECTORS
+        self.slack = min(max(GROWTH_SECTORS, moved) * SECTOR_COST, room - a_cluster)
         """What growing the pool notes without credits. A larger refcount table frees the one before: with clusters of
         512 bytes, and refcounts of 64 bits, a sector of refcounts for each 64 clusters of it. A ring that is too small
         for the largest table of all, 64 KiB, has what it can."""
