@@ -419,9 +419,10 @@ def in_flight() -> dict[str, int]:
     """
     found = dict.fromkeys(OPERATIONS, 0)
     for frame in sys._current_frames().values():
-        outermost = frame
-        while outermost.f_back is not None:
-            outermost = outermost.f_back
+        outermost, back = frame, frame.f_back
+        # Looked up once each: the threads go on meanwhile.
+        while back is not None:
+            outermost, back = back, back.f_back
         if outermost.f_code in _NAMES:
             found[_NAMES[outermost.f_code]] += 1
     return found
