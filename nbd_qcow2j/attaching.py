@@ -113,7 +113,7 @@ def detach(disk: Disk) -> Operation[None]:
     yield from drain(disk)
     # Order: in the hold in which the last of it is home. A flush that was answered from here on would be of a journal
     # that the header does not name.
-    log.end()
+    log.ended = True
     geometry, file = disk.geometry, disk.file
     location = log.ring.location
     try:
@@ -121,6 +121,10 @@ def detach(disk: Disk) -> Operation[None]:
         yield from _stages(file, plan_detach(data))
         yield from _tidy(disk, location)
         yield Sync(file)
+    except RequestError:
+        # The header says what it said, and that it names the journal.
+        log.ended = False
+        raise
     except OSError as error:
         raise log.latch(
             error, "detach (everything is home; serve the image again or run nbd-qcow2j recover)"

@@ -321,7 +321,7 @@ class Disk:
         cluster = offset >> bits
         if (offset | length) & (self.page_size - 1) or (offset + length - 1) >> bits != cluster:
             return False
-        if log.failed is not None or length >= self.settings.direct_write or self.corrupt:
+        if log.failed is not None or log.ended or length >= self.settings.direct_write or self.corrupt:
             return False
         first, count = offset >> page_bits, length >> page_bits
         ring, running = log.ring, log.running

@@ -267,7 +267,7 @@ class Device:
         disk, log = self.disk, self.disk.log
         with self._lock:
             state = (
-                "read-only" if self.read_only else "failed" if log.failed is not None and not log.ended
+                "read-only" if self.read_only else "failed" if log.failed is not None
                 else "corrupt" if disk.corrupt else "serving"
             )  # fmt: skip
             return Statistics(

@@ -76,7 +76,7 @@ class InPlace:
         if home < 0 or not self.count():
             return -1
         disk = self.disk
-        if (offset + length - 1) >> self._bits != cluster or disk.log.failed is not None:
+        if (offset + length - 1) >> self._bits != cluster or disk.log.failed is not None or disk.log.ended:
             return -1
         if cluster in disk.excluded or not self._has_no_version(cluster, offset, length):
             return -1

@@ -379,6 +379,15 @@ def last_used(""",
         "test_small_clusters.py",
     ),
     Mutation(
+        "a refcount table that moves takes more than the reserve", "what growing notes without credits is reserved",
+        "journal/ring.py", "max(GROWTH_SECTORS, moved) * SECTOR_COST", "GROWTH_SECTORS * SECTOR_COST",
+        "test_small_clusters.py",
+    ),
+    Mutation(
+        "commits go on while the image is detached", "a flush that was answered is in a journal that the header names",
+        "attaching.py", "    log.ended = True\n", "", "test_closing.py",
+    ),
+    Mutation(
         "sector 0 is one record with its neighbour", "of the header cluster only sector 0 is journalled",
         "format/journal.py", " and (start or kind == GUEST_DATA)", "", "test_small_clusters.py",
     ),

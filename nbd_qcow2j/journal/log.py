@@ -60,7 +60,7 @@ class Log:
         self.epochs = epochs
         self.failed: DeviceFailed | None = None
         self.ended = False
-        """`failed` says that the image is being closed."""
+        """The image is being closed: everything is home, and the header may name the journal no more."""
         self.running = Transaction(1, geometry.page_size)
         self.committing: Transaction | None = None
         self.committed = 0
@@ -88,24 +88,19 @@ class Log:
 
     def latch(self, error: BaseException, what: str) -> DeviceFailed:
         """Invariant 7: the first lost write or failed sync ends writing; every waiter is told."""
-        if self.failed is None or self.ended:
-            self.ended = False
+        if self.failed is None:
             self.failed = DeviceFailed(f"{what}: {error}; the device takes no more writes, reading goes on")
         self.commit_gate.open()
         self.room_gate.open()
         self.on_pressure()
         return self._failure()
 
-    def end(self) -> None:
-        """The image is being closed: nothing is committed any more, nor left to be, in the hold that calls this."""
-        self.failed, self.ended = DeviceFailed("the image is being closed"), True
-        self.commit_gate.open()
-        self.room_gate.open()
-
     def check(self) -> None:
         """Raises DeviceFailed once the device is latched, or ended."""
         if self.failed is not None:
             raise self._failure()
+        if self.ended:
+            raise DeviceFailed("the image is being closed")
 
     def _failure(self) -> DeviceFailed:
         # A new one each time: what is raised keeps the frames that it went through, of each time.
