@@ -13,8 +13,8 @@ from itertools import compress
 from typing import TYPE_CHECKING
 
 from .checkpoint import drain
-from .errors import NO_ROOM, ImageError, RequestError
-from .format.header_rewrite import HeaderPlan, plan_attach, plan_detach
+from .errors import NO_ROOM, Error, ImageError, RequestError
+from .format.header_rewrite import plan_attach, plan_detach
 from .format.journal import ALIGNMENT, MIN_RING, SLOTS_LENGTH, Location, Slot
 from .format.tables import REFTABLE_OFFSET_MASK
 from .geometry import SECTOR, Geometry
@@ -23,8 +23,11 @@ from .image.tables import RefcountBlock, Table
 from .steps import DataRuns, FileSize, Operation, Punch, Read, Sync, Truncate, Write
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .disk import Disk
     from .format.header import Header
+    from .format.header_rewrite import Stage
     from .storage import Storage
 
 COUNTED_AT_CLOSE = 1 << 16
@@ -96,7 +99,7 @@ def attach(
                 f"writing needs: make room, choose a smaller journal-size, or serve it with read-only=true"
             ) from error
         raise
-    yield from _stages(file, header_plan)
+    yield from _stages(file, header_plan.stages)
 
 
 def detach(disk: Disk) -> Operation[None]:
@@ -117,14 +120,17 @@ def detach(disk: Disk) -> Operation[None]:
     geometry, file = disk.geometry, disk.file
     location = log.ring.location
     try:
-        data = bytes((yield Read(file, 0, max(geometry.cluster_size, SECTOR))))
-        yield from _stages(file, plan_detach(data))
+        try:
+            data = bytes((yield Read(file, 0, max(geometry.cluster_size, SECTOR))))
+            stages = plan_detach(data).stages
+            yield from _stages(file, stages[:1])
+        except Error:
+            # The header still names the journal.
+            log.ended = False
+            raise
+        yield from _stages(file, stages[1:])
         yield from _tidy(disk, location)
         yield Sync(file)
-    except RequestError:
-        # The header says what it said, and that it names the journal.
-        log.ended = False
-        raise
     except OSError as error:
         raise log.latch(
             error, "detach (everything is home; serve the image again or run nbd-qcow2j recover)"
@@ -195,9 +201,9 @@ def _before(disk: Disk, ring: int) -> Operation[tuple[int, list[tuple[int, int]]
     return -(-end // size), unused
 
 
-def _stages(file: Storage, plan: HeaderPlan) -> Operation[None]:
+def _stages(file: Storage, stages: Sequence[Stage]) -> Operation[None]:
     """Raises OSError; RequestError (ENOSPC) where the header lies in a hole of the host file: nothing is lost."""
-    for stage in plan.stages:
+    for stage in stages:
         for offset, content in stage:
             try:
                 yield Write(file, offset, [content])
