@@ -91,6 +91,6 @@ class LockedError(ImageError):
 
 
 class DeviceFailed(Error):
-    """The device is latched: a write or a sync was lost; writes and flushes fail with EIO from now on."""
+    """A write or a sync was lost: the device is latched, writes and flushes fail with EIO. Or it is being closed."""
 
     errno = _errno.EIO
