@@ -24,7 +24,7 @@ from .format.header_rewrite import used_end
 from .format.journal import ALIGNMENT, MIN_RING, SLOTS_LENGTH, Location
 from .format.tables import MAX_HOST_OFFSET, table_from_bytes
 from .geometry import SECTOR
-from .image.allocator import Allocator, largest_reftable
+from .image.allocator import MAX_REFTABLE_BYTES, Allocator
 from .image.counted import Counted
 from .image.epochs import Epochs
 from .image.mapping import Mapping
@@ -39,6 +39,7 @@ from .pending import Page
 from .steps import DropCached, FileSize, Operation, Read, Sync, WriteSync
 
 if TYPE_CHECKING:
+    from .geometry import Geometry
     from .image.backing import Layer
     from .storage import Storage
 
@@ -46,8 +47,7 @@ HEADER_READ = 1 << 16
 SNAPSHOTS_READ = 1 << 20
 """Limit: what is looked at of the snapshot table: some thousands of snapshots."""
 MAX_L1_BYTES = 32 << 20
-MAX_REFTABLE_BYTES = 8 << 20
-"""Limits: as in qemu."""
+"""Limit: as in qemu."""
 
 
 def read_header(file: Storage, *, name: str) -> Operation[tuple[Header, bytes]]:
@@ -260,7 +260,7 @@ def _build(
     geometry = header.geometry
     ring = Ring(
         location or Location(0, SLOTS_LENGTH + MIN_RING), geometry, uuid=uuid,
-        largest_reftable=largest_reftable(
+        largest_reftable=_largest_reftable(
             geometry, end=max(tables.last, end, overlaps.ring[1]), now=tables.reftable.length
         ),
     )  # fmt: skip
@@ -290,6 +290,17 @@ def _build(
     if header.incompatible & INCOMPAT_CORRUPT:
         disk.corrupt = "it was marked so earlier"
     return disk
+
+
+def _largest_reftable(geometry: Geometry, *, end: int, now: int) -> int:
+    """Clusters of the largest refcount table that a session may free.
+
+    The file has `end` clusters, its table `now` bytes. All that the disk can be is allocated once more at most, for
+    what is freed comes first; tables and blocks are counted generously.
+    """
+    entries = -(-(end + 2 * (geometry.clusters + geometry.l1_entries)) // geometry.refcount_block_entries)
+    # A table that moves gets half as much again (Allocator), and the next move frees that.
+    return min(MAX_REFTABLE_BYTES, max(now, entries * 8 * 3 // 2)) // geometry.cluster_size
 
 
 def _keep_snapshots(overlaps: Overlaps, header: Header, table: bytes, *, name: str) -> None:

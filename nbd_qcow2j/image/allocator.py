@@ -433,17 +433,6 @@ class Allocator:
                 each.pins -= 1
 
 
-def largest_reftable(geometry: Geometry, *, end: int, now: int) -> int:
-    """Clusters of the largest refcount table that a session may free.
-
-    The file has `end` clusters, its table `now` bytes. All that the disk can be is allocated once more at most, for
-    what is freed comes first; tables and blocks are counted generously.
-    """
-    entries = -(-(end + 2 * (geometry.clusters + geometry.l1_entries)) // geometry.refcount_block_entries)
-    # A table that moves gets half as much again, and the next move frees that.
-    return min(MAX_REFTABLE_BYTES, max(now, entries * 8 * 3 // 2)) // geometry.cluster_size
-
-
 def grow_step(geometry: Geometry) -> int:
     """Clusters that are made pool clusters together: 16 MiB, where these are neither a handful nor thousands."""
     return max(16, min(1024, (16 << 20) >> geometry.cluster_bits))

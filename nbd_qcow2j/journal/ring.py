@@ -30,9 +30,10 @@ HOME_SECTORS = 7
 old cluster (a compressed one lies in neighbours: two sectors), the L1 entry, a new L2 table's and its predecessor's
 refcounts."""
 GROWTH_SECTORS = 8
-"""Metadata sectors that growing the pool can change: the header, and the refcount table's for new blocks; or"""
+"""Metadata sectors that growing the pool can change: the header, and the refcount table's for new blocks."""
 MOVE_SECTORS = 4
-"""as many, and those with the refcounts of a table that it frees, where these are more."""
+"""And where it moves that table, beside the refcounts of the one that is freed: the header, one more because those need
+not begin with a sector, and two of the new table."""
 PAGES_AT_ONCE = 64
 """Pages that one operation may make pending."""
 
