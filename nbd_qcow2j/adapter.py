@@ -33,7 +33,7 @@ from .lifecycle import SocketFile, StartGuard, Stopper, check_descriptors, unint
 from .nbdkit_words import is_read_only, own_words
 from .options import UNITS, Options, describe_options, parse_options
 from .refusals import explain, refusal
-from .thread_state import connection_closes, connection_opens, keep, kept
+from .thread_state import connection_closes, connection_opens, keep, kept, ready
 
 if TYPE_CHECKING:
     from .metrics import MetricsServer
@@ -293,8 +293,10 @@ def can_multi_conn(device: Device) -> bool:
 
 
 def _join() -> None:
-    """The first request that this thread answers. Callers look into `kept` themselves: a call would cost each one."""
-    if keep():
+    """This thread is not ready: its first request, or it stepped aside. Callers look themselves, for a call costs."""
+    if get_ident() in kept:
+        _cpus.step_up()
+    elif keep():
         _cpus.joined(get_native_id())
 
 
@@ -304,43 +306,49 @@ def _join() -> None:
 def pread(device: Device, buffer: Any, offset: int, flags: int) -> None:
     """Fill nbdkit's buffer."""
     started = perf_counter_ns()
-    if get_ident() not in kept:
+    if get_ident() not in ready:
         _join()
     try:
         device.read_into(buffer, offset)
     except BaseException as error:
         _fail(_READ, error)
     _READ.observe(len(buffer), perf_counter_ns() - started)
+    if _cpus.aside:
+        _cpus.step_aside()
 
 
 def pwrite(device: Device, buffer: Any, offset: int, flags: int) -> None:
     """Write nbdkit's buffer, which is used again for the next request: what is kept of it is copied."""
     started = perf_counter_ns()
-    if get_ident() not in kept:
+    if get_ident() not in ready:
         _join()
     try:
         device.write(buffer, offset, (flags & _FUA) != 0)
     except BaseException as error:
         _fail(_WRITE, error)
     _WRITE.observe(len(buffer), perf_counter_ns() - started)
+    if _cpus.aside:
+        _cpus.step_aside()
 
 
 def flush(device: Device, flags: int) -> None:
     """Return when everything that was answered before is durable."""
     started = perf_counter_ns()
-    if get_ident() not in kept:
+    if get_ident() not in ready:
         _join()
     try:
         device.flush()
     except BaseException as error:
         _fail(_FLUSH, error)
     _FLUSH.observe(0, perf_counter_ns() - started)
+    if _cpus.aside:
+        _cpus.step_aside()
 
 
 def trim(device: Device, count: int, offset: int, flags: int) -> None:
     """The content of the range is no longer of interest."""
     started = perf_counter_ns()
-    if get_ident() not in kept:
+    if get_ident() not in ready:
         _join()
     try:
         device.trim(offset, count, fua=(flags & _FUA) != 0)
@@ -352,7 +360,7 @@ def trim(device: Device, count: int, offset: int, flags: int) -> None:
 def zero(device: Device, count: int, offset: int, flags: int) -> None:
     """The range reads as zeros."""
     started = perf_counter_ns()
-    if get_ident() not in kept:
+    if get_ident() not in ready:
         _join()
     try:
         device.write_zeroes(
@@ -370,7 +378,7 @@ def zero(device: Device, count: int, offset: int, flags: int) -> None:
 def cache(device: Device, count: int, offset: int, flags: int) -> None:
     """The range will be read soon."""
     started = perf_counter_ns()
-    if get_ident() not in kept:
+    if get_ident() not in ready:
         _join()
     try:
         device.cache(offset, count)
@@ -386,7 +394,7 @@ def extents(device: Device, count: int, offset: int, flags: int) -> list[tuple[i
     nothing at all, and would not copy it.
     """
     started = perf_counter_ns()
-    if get_ident() not in kept:
+    if get_ident() not in ready:
         _join()
     found = []
     position = offset

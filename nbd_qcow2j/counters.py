@@ -14,7 +14,7 @@ BOUNDS_SECONDS = (
     0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0,
 )  # fmt: skip
 _BOUNDS_NS = tuple(int(bound * 1e9) for bound in BOUNDS_SECONDS)
-MANY = 256
+MANY = 64
 BOUNDS_PAGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 

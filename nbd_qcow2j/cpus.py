@@ -5,19 +5,26 @@ when requests queue: then all of them are gathered on one. 4 KiB requests a seco
 any: reads at depth 16 107,000 against 89,000, four clients at depth 4 102,000 against 59,000, cold reads 43,000 against
 29,000.
 
-A client that waits for each answer queues nothing, and what is better then depends on what it costs to wake another
-CPU: on one machine reads at depth 1 20,000 against 28,000 and sequential writes 16,000 against 21,000, on another,
-whose processors are virtual as well, 16,000 against 11,700 and 10,600 against 9,300. So both are tried, in turns, and
-what one request takes from its start to the next one's decides.
+A client that waits for each answer queues nothing, and what it waits for is mostly to be woken: it on its CPU, we on
+ours, each of which was halted meanwhile. On virtual machines that is most of a small request, 30 of 50 us. With client
+and server on one CPU nobody is halted; but where a client runs is the kernel's to say, and that takes it to the CPU of
+the thread that wakes it if nothing else is there than SCHED_IDLE threads. So ours *step aside* when they have answered:
+they are SCHED_IDLE from the end of a callback to the start of the next, where they send the reply and wait for a
+request, and nothing of ours runs. Where they work they are SCHED_BATCH: nbdkit wakes the thread that is to receive the
+next request before the one that has this request answers it, and what is woken would take the CPU at once.
 
-Where one works at a time, the threads are SCHED_BATCH as well. nbdkit wakes the thread that is to receive the next
-request before the one that has this request answers it, and what is woken takes the CPU at once: twice from one thread
-to another for each request. A SCHED_BATCH thread waits until the CPU is left to it, and by then the first one receives
-the next request itself, as with a single thread. Requests a second at depth 1, without and with it: on a shared CPU
-reads 13,500 and 14,000, sequential writes 9,500 and 9,900; in a busier hour, with the background under that policy as
-well, 8,100 and 10,500, 8,100 and 9,100. On any CPU writes with a flush each 2,610 and 2,840, wherever the choice below
-puts them sequential ones 11,500 and 13,100. Its price: they wait longer where others compute on that CPU (two busy
-loops on two CPUs: 5,900 and 5,300 reads on a shared one, 15,500 and 15,000 on any).
+The client comes with a reply sooner or later, and stays for milliseconds or seconds. Requests a second at depth 1, in
+turns on two virtual CPUs, with the threads left alone and with the client near: random reads 21,500 and 35,300,
+sequential writes with a flush every 64 19,500 and 26,400, writes with a flush each 3,730 and 4,280. What it costs is
+paid where others compute on that CPU: a thread that is woken for a request waits for their time slice, and with a busy
+loop on either CPU there were 100 writes with a flush each a second instead of 760. So both ways are tried, in turns,
+and what one request takes from its start to the next one's decides; how long the threads were kept from the CPU decides
+at once.
+
+Stepping aside takes the right to come back from SCHED_IDLE, which is root's, or whose limit allows it (RLIMIT_NICE;
+LimitNICE= of systemd). Without it they are gathered, SCHED_BATCH, and that is compared: on one machine reads at depth 1
+20,000 against 28,000 left alone and sequential writes 16,000 against 21,000, on another, whose processors are virtual
+as well, 16,000 against 11,700 and 10,600 against 9,300.
 
 What tells the two loads apart is the time from the end of a callback to the start of the next: a client's way round
 takes 25 us or more, from a queue comes the next request in 5.
@@ -30,13 +37,14 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from _thread import get_ident
 from collections.abc import Iterable
 from contextlib import suppress
 from time import perf_counter_ns
 
 from .comparison import Comparison
 from .counters import OperationCounters
-from .thread_state import kept
+from .thread_state import kept, ready
 
 # How long a thread may compute before another gets the interpreter lock. Flushes a second at depth 1, which meet the
 # checkpoint: 3,890 with 0.5 ms, 4,060 with 0.1 ms; Python's own 5 ms would be a flush's worst case.
@@ -46,6 +54,9 @@ LOOK_NS = 100_000_000
 see as much of a checkpoint's round as the next."""
 IDLE_LOOKS = 5
 """As many times that, without MANY requests, say nothing of what a request costs."""
+CROWDED_NS = 500_000
+"""Time that a request had to wait for the CPU, in the mean, above which others compute there: ten times what waiting
+for the client's own turn comes to, a fraction of a time slice."""
 QUEUED_NS, ALONE_NS = 10_000, 16_000
 """Mean time between two callbacks below which requests queue, and above which they do not."""
 
@@ -59,34 +70,60 @@ class Cpus:
         self._allowed = os.sched_getaffinity(0)
         # Whoever started the server under another policy wants that one.
         self._ordinary = os.sched_getscheduler(0) == os.SCHED_OTHER
-        self._shared: set[int] = set()
-        self._apart: set[int] = set()
         self._background = threading.local()
         self.gathered = False
         """Whether the threads that answer requests are on one CPU now."""
+        self.aside = False
+        """Whether a thread that has answered is to step aside."""
+        self._cpu = self._for_queue = self._for_one = -1
+        """Where they are, if they are; where they go while requests queue, and while they do not."""
+        self._may_step_aside = False
+        self._working = os.SCHED_OTHER
+        """The policy of the threads while they work."""
         self._queued = False
         """Whether requests queued at the last look."""
         self._comparison = Comparison()
+        self._waited = 0
+        """Nanoseconds that the threads had waited for the CPU when that was asked last."""
         self._seen = (perf_counter_ns(), 0, 0)
         sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
         if cpu == "any" or len(self._allowed) < 2:
             return
-        self._shared = {cpu if isinstance(cpu, int) else _quiet(self._allowed)}
-        self._apart = self._allowed - self._shared
+        self._for_queue, self._for_one = _quiet_and_busy(self._allowed) if cpu == "auto" else (int(cpu), int(cpu))
+        self._cpu = self._for_queue
         if cpu == "auto":
+            self._may_step_aside = self._ordinary and _may_come_back()
             for each in self._operations:
                 each.on_many = self._look
         else:
             # This thread, and so all that it starts.
-            self._place([0], self._shared)
+            self._place([0], {self._cpu})
             self.gathered = True
+            self._working = os.SCHED_BATCH
 
     def joined(self, thread: int) -> None:
         """A thread, by its native identifier, answers its first request."""
         if self.gathered:
-            self._place([thread], self._shared)
-        if self._shared and not self._queued:
-            self._set_policy([thread], os.SCHED_BATCH)
+            self._place([thread], {self._cpu})
+        if self._working != os.SCHED_OTHER:
+            self._set_policy([thread], self._working)
+
+    def step_aside(self) -> None:
+        """Called by a thread that has answered: there is nothing left to do than to send the reply."""
+        # Whose state is not kept would not be told to step up.
+        if get_ident() in ready:
+            ready.discard(get_ident())
+            self._set_policy([0], os.SCHED_IDLE)
+
+    def step_up(self) -> None:
+        """Called by a thread that stepped aside, before it works."""
+        while True:
+            policy = self._working
+            self._set_policy([0], policy)
+            # Looked at again: who changes it sets it for all threads, and may have done so before this one.
+            if policy == self._working:
+                break
+        ready.add(get_ident())
 
     def in_background(self) -> None:
         """Called by a thread that nobody waits for, before it works: where the others are gathered it stays apart.
@@ -94,9 +131,10 @@ class Cpus:
         Whole threads: to move one for its long steps alone cost 50 us each time; 4 KiB random writes, depth 16, flush
         every 32: longest flush 15 ms so, 6 ms apart.
         """
-        if getattr(self._background, "apart", False) != self.gathered:
-            self._background.apart = self.gathered
-            self._place([0], self._apart if self.gathered else self._allowed)
+        avoided = self._cpu if self.gathered else -1
+        if getattr(self._background, "avoided", -1) != avoided:
+            self._background.avoided = avoided
+            self._place([0], self._allowed - {avoided})
 
     def _look(self) -> None:
         """Called every so many requests, by the thread that answered the last."""
@@ -118,18 +156,29 @@ class Cpus:
                 self._queued = queued
                 self._comparison.abandon()
             gather = queued or self._try(elapsed, requests)
-            if gather != self.gathered:
-                self.gathered = gather
-                # Order: a thread that joins meanwhile is in `kept` already, or sees `gathered`.
-                self._place(list(kept.values()), self._shared if gather else self._allowed)
+            cpu = self._for_queue if queued else self._for_one
+            if gather != self.gathered or (gather and cpu != self._cpu):
+                # Order: a thread that joins meanwhile is in `kept` already, or sees these.
+                self._cpu, self.gathered = cpu, gather
+                self._place(list(kept.values()), {cpu} if gather else self._allowed)
             # Not where requests queue: it gains nothing there, and each request would wait for whoever else computes.
-            if changed:
-                self._set_policy(list(kept.values()), os.SCHED_OTHER if queued else os.SCHED_BATCH)
+            near = gather and not queued
+            working = os.SCHED_BATCH if near else os.SCHED_OTHER
+            if working != self._working:
+                # Order: before those that are there, as above.
+                self._working = working
+                self._set_policy(list(kept.values()), working)
+                self._waited = _waited(kept.values())
+            self.aside = near and self._may_step_aside
         finally:
             self._looking.release()
 
     def _try(self, elapsed: int, requests: int) -> bool:
-        """Whether to gather threads of which one works at a time: as the last so many nanoseconds were, or not."""
+        """Whether to gather threads of which one works at a time, after so many nanoseconds and requests."""
+        if self.gathered:
+            before, self._waited = self._waited, _waited(kept.values())
+            if self._waited - before > requests * CROWDED_NS:
+                return self._comparison.settle(False)
         if elapsed > IDLE_LOOKS * LOOK_NS:
             # Most of it the clients had other things to do.
             self._comparison.abandon()
@@ -149,10 +198,37 @@ class Cpus:
                 os.sched_setscheduler(thread, policy, os.sched_param(0))
 
 
-def _quiet(allowed: set[int]) -> int:
-    """One of the half of these CPUs that devices interrupt least; not the same one for every server.
+def _may_come_back() -> bool:
+    """Whether a thread that is SCHED_IDLE may be an ordinary one again: tried, in one that ends."""
+    found = []
 
-    Cold reads at depth 16 on the CPU that has the disk's interrupts: 29,000 a second, on the other one 50,000.
+    def there_and_back() -> None:
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+            found.append(True)
+
+    thread = threading.Thread(target=there_and_back, name="tries policies")
+    thread.start()
+    thread.join()
+    return bool(found)
+
+
+def _waited(threads: Iterable[int]) -> int:
+    """Nanoseconds that these threads could have run and had no CPU, all together; 0 where the kernel does not tell."""
+    total = 0
+    for thread in list(threads):
+        with suppress(OSError, ValueError, IndexError), open(f"/proc/self/task/{thread}/schedstat", "rb") as file:
+            total += int(file.read().split()[1])
+    return total
+
+
+def _quiet_and_busy(allowed: set[int]) -> tuple[int, int]:
+    """One of the half of these CPUs that devices interrupt least, and one of the others; not the same for every server.
+
+    Where requests queue, what a device interrupts is work: cold reads at depth 16 on the CPU that has the disk's
+    interrupts 29,000 a second, on the other one 50,000. Where one thread waits for the disk, it is woken there without
+    a second CPU: writes with a flush each 4,040 a second on the disk's CPU, 3,800 on the other one.
     """
     counts = dict.fromkeys(sorted(allowed), 0)
     with suppress(OSError, ValueError), open("/proc/interrupts", encoding="ascii", errors="replace") as file:
@@ -164,5 +240,6 @@ def _quiet(allowed: set[int]) -> int:
                 for cpu, count in zip(columns, words, strict=False):
                     if cpu in counts:
                         counts[cpu] += int(count)
-    quiet = sorted(counts, key=counts.__getitem__)[: max(1, len(counts) // 2)]
-    return quiet[os.getpid() % len(quiet)]
+    quietest = sorted(counts, key=counts.__getitem__)
+    half = len(quietest) // 2
+    return quietest[os.getpid() % half], quietest[-1 - os.getpid() % half]

@@ -23,7 +23,9 @@ _release = ctypes.pythonapi.PyGILState_Release
 _release.argtypes, _release.restype = (ctypes.c_int,), None
 
 kept: dict[int, int] = {}
-"""Threads whose state is kept, by identifier, with the kernel's: who looks here first spares itself `keep`."""
+"""Threads whose state is kept, by identifier, with the kernel's."""
+ready: set[int] = set()
+"""Those of them that need nothing before they answer: not those that stepped aside (cpus.py)."""
 _opening: set[int] = set()
 """Those that have opened a connection and not closed it."""
 
@@ -31,6 +33,7 @@ _opening: set[int] = set()
 def _leave(_: int | None = None) -> None:
     if get_ident() in kept:
         del kept[get_ident()]
+        ready.discard(get_ident())
         # Not the outermost: the callback that we are in has a pair of its own, and its release ends the state.
         _release(_LOCKED)
 
@@ -50,6 +53,7 @@ def keep() -> bool:
         return False
     _ensure()
     kept[thread] = get_native_id()
+    ready.add(thread)
     return True
 
 

@@ -79,6 +79,31 @@ def test_a_dearness_that_both_ways_share_is_asked_about_once() -> None:
     assert 2 <= ways.count(True) <= TURNS // 2 and not it.better
 
 
+def test_a_way_that_has_come_to_cost_more_than_the_other_did_is_asked_about() -> None:
+    # Found cheaper, 60 to 100, and now a little dearer than the other way: far from twice what it did.
+    it = Comparison()
+    assert go(it, 5, lambda turn, way: 60 if way else 100)[-1] is False and it.better
+    ways = go(it, REST, lambda turn, way: 110 if way else 100, way=True)
+    assert REST // 5 <= ways.index(False) <= REST // 5 + TURNS and not it.better
+
+
+def test_what_is_in_the_noise_of_the_other_way_is_not_dear() -> None:
+    it = Comparison()
+    go(it, 1 + TURNS, lambda turn, way: 92 if way else 100)
+    assert it.better
+    assert all(go(it, REST // 2, lambda turn, way: 109 if way else 100, way=True))
+
+
+def test_what_is_out_of_the_question_is_not_asked_about_for_a_rest() -> None:
+    it = Comparison()
+    way = go(it, 20, lambda turn, way: 60 if way else 100)[-1]
+    assert way is it.better is True
+    assert it.settle(False) is it.better is False
+    # Not even where it has become dear: to what it was it does not compare.
+    ways = go(it, 3 * REST, lambda turn, way: 60 if way else 1000)
+    assert not any(ways[:REST]) and it.better
+
+
 @pytest.mark.parametrize("dear", [1, 4])
 def test_what_was_dear_for_a_moment_is_no_reason_to_ask(dear: int) -> None:
     it = Comparison()

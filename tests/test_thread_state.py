@@ -67,7 +67,7 @@ def closes():
     print(was_here())
     thread_state.connection_closes()
 in_foreign_thread(first, lambda: print(was_here()), closes)
-assert not thread_state.kept and not thread_state._opening
+assert not thread_state.kept and not thread_state.ready and not thread_state._opening
 """)
     assert out.split() == [str(stays), "False"]
 
@@ -76,7 +76,7 @@ def test_the_state_of_another_thread_stays_until_it_ends() -> None:
     out = run("""
 def first():
     local.here = True
-    thread_state.keep()
+    assert thread_state.keep() and len(thread_state.ready) == 1
     # Registered after what takes the state away, and so called before.
     assert at_thread_end(last, None, thread_state._library) == 0
 last = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: print(was_here()))
@@ -93,7 +93,7 @@ for number in range(1000):
     in_foreign_thread(thread_state.keep)
     in_foreign_thread(lambda: [thread_state.connection_opens(), thread_state.keep()], thread_state.connection_closes)
     assert states() == before, len(states())
-assert not thread_state.kept
+assert not thread_state.kept and not thread_state.ready
 """)
 
 
@@ -102,5 +102,5 @@ def test_without_a_word_of_the_threads_end_nothing_is_kept() -> None:
 thread_state._at_thread_end = None
 before = states()
 in_foreign_thread(lambda: [thread_state.keep(), print(thread_state.kept)])
-assert states() == before and not thread_state.kept
+assert states() == before and not thread_state.kept and not thread_state.ready
 """)

@@ -35,10 +35,12 @@ from ..storage import FileStorage
 # nbdkit's threads for each connection; requests of one connection that wait for the disk at once. Measured on two
 # cores with 2, 3, 4, 8, 16 of them, one connection at depth 16: 4 KiB random reads 119k to 120k a second with any; with
 # the page cache dropped 25k, 44k, 43k, 53k, 46k; allocating writes, a flush every 32, 16.5k, 16.1k, 15.2k, 13.9k,
-# 13.5k: every thread more is one that the interpreter lock has to travel to.
+# 13.5k: every thread more is one that the interpreter lock has to travel to. At depth 1, 3 against 4, on two later
+# machines: writes with a flush each 1.78 and 1.74 of qemu-nbd, 1.97 and 1.81; sequential writes 1.32 and 1.29, 1.94 and
+# 1.85.
 # Limit: nbdkit 1.32.4 and 1.32.5 (Debian 12) abort when a client with several requests under way vanishes: 17 of
 # 20 times at depth 16, never with `-- -t 1`, which costs concurrent cold reads. Nothing flushed is lost by it.
-THREADS = 4
+THREADS = 3
 
 # sun_path, less its closing zero.
 _SOCKET_PATH_BYTES = 107
