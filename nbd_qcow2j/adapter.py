@@ -26,7 +26,7 @@ import nbdkit
 from .announcement import BEFORE_FORK, ONCE_LISTENING, Announcement
 from .collector import calm
 from .counters import OperationCounters
-from .cpus import Cpus
+from .cpus import MOST_ASIDE, Cpus
 from .driver import Device, open_device
 from .errors import Error
 from .lifecycle import SocketFile, StartGuard, Stopper, check_descriptors, uninterrupted
@@ -313,7 +313,7 @@ def pread(device: Device, buffer: Any, offset: int, flags: int) -> None:
     except BaseException as error:
         _fail(_READ, error)
     _READ.observe(len(buffer), perf_counter_ns() - started)
-    if _cpus.aside:
+    if _cpus.aside and len(buffer) <= MOST_ASIDE:
         _cpus.step_aside()
 
 
@@ -327,7 +327,7 @@ def pwrite(device: Device, buffer: Any, offset: int, flags: int) -> None:
     except BaseException as error:
         _fail(_WRITE, error)
     _WRITE.observe(len(buffer), perf_counter_ns() - started)
-    if _cpus.aside:
+    if _cpus.aside and len(buffer) <= MOST_ASIDE:
         _cpus.step_aside()
 
 

@@ -10,8 +10,9 @@ ours, each of which was halted meanwhile. On virtual machines that is most of a 
 and server on one CPU nobody is halted; but where a client runs is the kernel's to say, and that takes it to the CPU of
 the thread that wakes it if nothing else is there than SCHED_IDLE threads. So ours *step aside* when they have answered:
 they are SCHED_IDLE from the end of a callback to the start of the next, where they send the reply and wait for a
-request, and nothing of ours runs. Where they work they are SCHED_BATCH: nbdkit wakes the thread that is to receive the
-next request before the one that has this request answers it, and what is woken would take the CPU at once.
+request; nothing of ours runs there, and no lock of ours is held. Where they work they are SCHED_BATCH: nbdkit wakes the
+thread that is to receive the next request before the one that has this request answers it, and what is woken would take
+the CPU at once.
 
 The client comes with a reply sooner or later, and stays for milliseconds or seconds. Requests a second at depth 1, in
 turns on two virtual CPUs, with the threads left alone and with the client near: random reads 21,500 and 35,300,
@@ -57,6 +58,8 @@ IDLE_LOOKS = 5
 CROWDED_NS = 500_000
 """Time that a request had to wait for the CPU, in the mean, above which others compute there: ten times what waiting
 for the client's own turn comes to, a fraction of a time slice."""
+MOST_ASIDE = 64 << 10
+"""Bytes of a request after which a thread steps aside, at most: to send or receive more is work, and not waiting."""
 QUEUED_NS, ALONE_NS = 10_000, 16_000
 """Mean time between two callbacks below which requests queue, and above which they do not."""
 
