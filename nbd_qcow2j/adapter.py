@@ -222,6 +222,9 @@ def open_connection(readonly: bool) -> Device:
 
 def close_connection(device: Device) -> None:
     """The client is gone, and no request of its is left."""
+    if get_ident() in kept and get_ident() not in ready:
+        # With `nbdkit -s` this thread is the one that closes the image.
+        _cpus.step_up()
     connection_closes()
 
 

@@ -9,8 +9,9 @@ A client that waits for each answer queues nothing, and what it waits for is mos
 ours, each of which was halted meanwhile. On virtual machines that is most of a small request, 30 of 50 us. With client
 and server on one CPU nobody is halted; but where a client runs is the kernel's to say, and that takes it to the CPU of
 the thread that wakes it if nothing else is there than SCHED_IDLE threads. So ours *step aside* when they have answered:
-they are SCHED_IDLE from the end of a callback to the start of the next, where they send the reply and wait for a
-request; nothing of ours runs there, and no lock of ours is held. Where they work they are SCHED_BATCH: nbdkit wakes the
+they are SCHED_IDLE from the end of a small read, write or flush to the start of the next callback, where they send the
+reply and wait for a request. Nothing of ours runs there and no lock of ours is held, but for the first and last
+microseconds of a callback, with the interpreter lock. Where they work they are SCHED_BATCH: nbdkit wakes the
 thread that is to receive the next request before the one that has this request answers it, and what is woken would take
 the CPU at once.
 
@@ -20,12 +21,12 @@ sequential writes with a flush every 64 19,500 and 26,400, writes with a flush e
 paid where others compute on that CPU: a thread that is woken for a request waits for their time slice, and with a busy
 loop on either CPU there were 100 writes with a flush each a second instead of 760. So both ways are tried, in turns,
 and what one request takes from its start to the next one's decides; how long the threads were kept from the CPU decides
-at once.
+at the next look.
 
-Stepping aside takes the right to come back from SCHED_IDLE, which is root's, or whose limit allows it (RLIMIT_NICE;
-LimitNICE= of systemd). Without it they are gathered, SCHED_BATCH, and that is compared: on one machine reads at depth 1
-20,000 against 28,000 left alone and sequential writes 16,000 against 21,000, on another, whose processors are virtual
-as well, 16,000 against 11,700 and 10,600 against 9,300.
+Stepping aside takes the right to come back from SCHED_IDLE, which is CAP_SYS_NICE or a limit (RLIMIT_NICE; LimitNICE=
+of systemd), and a kernel that tells how long threads wait. Without it they are gathered, SCHED_BATCH, and that is
+compared: on one machine reads at depth 1 20,000 against 28,000 left alone and sequential writes 16,000 against 21,000,
+on another, whose processors are virtual as well, 16,000 against 11,700 and 10,600 against 9,300.
 
 What tells the two loads apart is the time from the end of a callback to the start of the next: a client's way round
 takes 25 us or more, from a queue comes the next request in 5.
@@ -38,7 +39,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from _thread import get_ident
+from _thread import get_ident, get_native_id
 from collections.abc import Iterable
 from contextlib import suppress
 from time import perf_counter_ns
@@ -59,7 +60,10 @@ CROWDED_NS = 500_000
 """Time that a request had to wait for the CPU, in the mean, above which others compute there: ten times what waiting
 for the client's own turn comes to, a fraction of a time slice."""
 MOST_ASIDE = 64 << 10
-"""Bytes of a request after which a thread steps aside, at most: to send or receive more is work, and not waiting."""
+"""Bytes of a request after which a thread steps aside, at most: to send more is work, and so is to receive as much as
+was received before."""
+_WAITS = "/proc/self/task/{}/schedstat"
+"""How long a thread has run, and how long it was kept from the CPU, in nanoseconds."""
 QUEUED_NS, ALONE_NS = 10_000, 16_000
 """Mean time between two callbacks below which requests queue, and above which they do not."""
 
@@ -95,7 +99,8 @@ class Cpus:
         self._for_queue, self._for_one = _quiet_and_busy(self._allowed) if cpu == "auto" else (int(cpu), int(cpu))
         self._cpu = self._for_queue
         if cpu == "auto":
-            self._may_step_aside = self._ordinary and _may_come_back()
+            tells = os.path.exists(_WAITS.format(get_native_id()))
+            self._may_step_aside = self._ordinary and tells and _may_come_back()
             for each in self._operations:
                 each.on_many = self._look
         else:
@@ -106,10 +111,12 @@ class Cpus:
 
     def joined(self, thread: int) -> None:
         """A thread, by its native identifier, answers its first request."""
-        if self.gathered:
-            self._place([thread], {self._cpu})
-        if self._working != os.SCHED_OTHER:
-            self._set_policy([thread], self._working)
+        seen = False, self._for_queue, os.SCHED_OTHER
+        # Looked at again: a look may have passed between what was read and what was set.
+        while (found := (self.gathered, self._cpu, self._working)) != seen:
+            gathered, cpu, policy = seen = found
+            self._place([thread], {cpu} if gathered else self._allowed)
+            self._set_policy([thread], policy)
 
     def step_aside(self) -> None:
         """Called by a thread that has answered: there is nothing left to do than to send the reply."""
@@ -178,7 +185,8 @@ class Cpus:
 
     def _try(self, elapsed: int, requests: int) -> bool:
         """Whether to gather threads of which one works at a time, after so many nanoseconds and requests."""
-        if self.gathered:
+        if self._working == os.SCHED_BATCH:
+            # Not what they waited for each other while requests queued.
             before, self._waited = self._waited, _waited(kept.values())
             if self._waited - before > requests * CROWDED_NS:
                 return self._comparison.settle(False)
@@ -221,7 +229,7 @@ def _waited(threads: Iterable[int]) -> int:
     """Nanoseconds that these threads could have run and had no CPU, all together; 0 where the kernel does not tell."""
     total = 0
     for thread in list(threads):
-        with suppress(OSError, ValueError, IndexError), open(f"/proc/self/task/{thread}/schedstat", "rb") as file:
+        with suppress(OSError, ValueError, IndexError), open(_WAITS.format(thread), "rb") as file:
             total += int(file.read().split()[1])
     return total
 

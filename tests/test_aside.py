@@ -11,7 +11,7 @@ import pytest
 from conftest import PLUGIN, START_SECONDS, answers, poll
 
 WATCHED = """
-import importlib.util, os, threading, time
+import importlib.util, os, pathlib, threading, time
 spec = importlib.util.spec_from_file_location("plugin", {plugin!r})
 plugin = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(plugin)
@@ -44,6 +44,11 @@ class Watched:
         elif offset == 8192:
             buffer[0] = sum(1 << each for each in self.at_work)
 
+def closes(really=plugin.adapter.connection_closes):
+    pathlib.Path({closed!r}).write_text(str(os.sched_getscheduler(0)))
+    really()
+
+plugin.adapter.connection_closes = closes
 plugin.adapter.open_device = lambda options: Watched()
 globals().update({{name: value for name, value in vars(plugin).items() if not name.startswith("__")}})
 """
@@ -61,10 +66,10 @@ def test_threads_wait_aside_and_work_at_their_own_policy(threads: int, tmp_path:
 
     if os.sched_getscheduler(0) != os.SCHED_OTHER or len(os.sched_getaffinity(0)) < 2:
         pytest.skip("under another policy, or on one CPU, threads are left as they are")
-    script, path = tmp_path / "watched.py", short_path / "nbd.sock"
+    script, path, closed = tmp_path / "watched.py", short_path / "nbd.sock", tmp_path / "closed"
     site = next(Path(sys.prefix, "lib").glob("python*/site-packages"))
     start = f"import sys; sys.path[:0] = [{str(PLUGIN.parent)!r}, {str(site)!r}]\n"
-    script.write_text(start + WATCHED.format(plugin=str(PLUGIN)))
+    script.write_text(start + WATCHED.format(plugin=str(PLUGIN), closed=str(closed)))
     words = ["nbdkit", "-f", "-t", str(threads), "-U", str(path), "python", str(script), "file=/dev/null"]
     with subprocess.Popen(words) as process:
         try:
@@ -96,5 +101,10 @@ def test_threads_wait_aside_and_work_at_their_own_policy(threads: int, tmp_path:
             )
             handle.pread(512, 1 << 16)
             poll(lambda: os.SCHED_IDLE in policies(process.pid), what="one is aside again")
+            # With one, the thread that answered closes the connection as well: and, of `nbdkit -s`, the image.
+            closed.unlink(missing_ok=True)
+            handle.shutdown()
+            poll(lambda: closed.exists() and closed.read_text(), what="the connection is closed")
+            assert int(closed.read_text()) != os.SCHED_IDLE
         finally:
             process.terminate()

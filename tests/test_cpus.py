@@ -212,8 +212,12 @@ def test_a_policy_that_changes_while_a_thread_steps_up_is_the_one_it_gets(machin
     assert machine.policies == {0: os.SCHED_OTHER, 1: os.SCHED_OTHER}
 
 
-@pytest.mark.parametrize("why", ["no right to come back", "another policy", "one CPU"])
-def test_who_may_not_come_back_does_not_step_aside(machine: Machine, why: str) -> None:
+@pytest.mark.parametrize("why", ["no right to come back", "another policy", "one CPU", "nobody tells who waits"])
+def test_who_may_not_come_back_does_not_step_aside(
+    machine: Machine, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if why == "nobody tells who waits":
+        monkeypatch.setattr(cpus, "_WAITS", "/nowhere/{}")
     machine.better, machine.may_come_back = True, why != "no right to come back"
     machine.policy = os.SCHED_FIFO if why == "another policy" else os.SCHED_OTHER
     reads = OperationCounters()
@@ -241,6 +245,32 @@ def test_where_others_compute_the_threads_part_at_once(
         reads.observe(4096, 15_000)
     assert it.gathered is gathered
     assert (len(machine.costs) > seen) is (gathered and between == 35_000)
+
+
+def test_what_threads_waited_for_each_other_in_a_queue_is_no_crowd(machine: Machine) -> None:
+    machine.better = True
+    reads = OperationCounters()
+    it = Cpus("auto", [reads])
+    for _ in range(2):
+        load(machine, reads, busy=5_000, between=0, looks=5)
+        machine.waited += 1_000_000_000_000
+        load(machine, reads, busy=15_000, between=35_000, looks=2)
+        assert it.gathered and it.aside
+
+
+def test_a_look_that_passes_while_a_thread_joins_is_not_lost(machine: Machine) -> None:
+    machine.better = True
+    reads = OperationCounters()
+    it = Cpus("auto", [reads])
+    load(machine, reads, busy=15_000, between=35_000, looks=2)
+
+    def parted() -> None:
+        machine.while_set, machine.better = lambda: None, False
+        load(machine, reads, busy=15_000, between=35_000, looks=2)
+
+    machine.while_set = parted
+    it.joined(7)
+    assert not it.gathered and machine.placed[7] == ALL and machine.policies[7] == os.SCHED_OTHER
 
 
 COME_BACK = """
