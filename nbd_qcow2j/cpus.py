@@ -6,22 +6,22 @@ any: reads at depth 16 107,000 against 89,000, four clients at depth 4 102,000 a
 29,000.
 
 A client that waits for each answer queues nothing, and what it waits for is mostly to be woken: it on its CPU, we on
-ours, each of which was halted meanwhile. On virtual machines that is most of a small request, 30 of 50 us. With client
-and server on one CPU nobody is halted; but where a client runs is the kernel's to say, and that takes it to the CPU of
-the thread that wakes it if nothing else is there than SCHED_IDLE threads. So ours *step aside* when they have answered:
-they are SCHED_IDLE from the end of a small read, write or flush to the start of the next callback, where they send the
-reply and wait for a request. Nothing of ours runs there and no lock of ours is held, but for the first and last
-microseconds of a callback, with the interpreter lock. Where they work they are SCHED_BATCH: nbdkit wakes the
+ours, each of which was halted meanwhile. On virtual machines that is much of a small request, 20 of 48 us of a read.
+With client and server on one CPU nobody is halted; but where a client runs is the kernel's to say, and that takes it to
+the CPU of the thread that wakes it if nothing else is there than SCHED_IDLE threads. So ours *step aside* when they
+have answered: they are SCHED_IDLE from the end of a small read, write or flush to the start of the next callback, where
+they send the reply and wait for a request. Nothing of ours runs there and no lock of ours is held, but for the first
+and last microseconds of a callback, with the interpreter lock. Where they work they are SCHED_BATCH: nbdkit wakes the
 thread that is to receive the next request before the one that has this request answers it, and what is woken would take
 the CPU at once.
 
 The client comes with a reply sooner or later, and stays for milliseconds or seconds. Requests a second at depth 1, in
-turns on two virtual CPUs, with the threads left alone and with the client near: random reads 21,500 and 35,300,
-sequential writes with a flush every 64 19,500 and 26,400, writes with a flush each 3,730 and 4,280. What it costs is
-paid where others compute on that CPU: a thread that is woken for a request waits for their time slice, and with a busy
-loop on either CPU there were 100 writes with a flush each a second instead of 760. So both ways are tried, in turns,
-and what one request takes from its start to the next one's decides; how long the threads were kept from the CPU decides
-at the next look.
+turns on two virtual CPUs, medians of three with `any` and `auto`: sequential writes with a flush every 64 18,600 and
+24,000, writes with a flush each 3,810 and 3,900, random reads 21,600 and 20,800, where it came in one round of three
+and that one had 32,400. What it costs is paid where others compute on that CPU: a thread that is woken for a request
+waits for their time slice, and with a busy loop on either CPU there were 120 writes with a flush each a second instead
+of 760. So both ways are tried, in turns, and what one request takes from its start to the next one's decides; how long
+the threads were kept from the CPU decides at the next look.
 
 Stepping aside takes the right to come back from SCHED_IDLE, which is CAP_SYS_NICE or a limit (RLIMIT_NICE; LimitNICE=
 of systemd), and a kernel that tells how long threads wait. Without it they are gathered, SCHED_BATCH, and that is
@@ -57,8 +57,8 @@ see as much of a checkpoint's round as the next."""
 IDLE_LOOKS = 5
 """As many times that, without MANY requests, say nothing of what a request costs."""
 CROWDED_NS = 500_000
-"""Time that a request had to wait for the CPU, in the mean, above which others compute there: ten times what waiting
-for the client's own turn comes to, a fraction of a time slice."""
+"""Time that a request had to wait for the CPU, in the mean, above which others compute there: seven times and more
+what waiting for the client's own turn came to (16 to 70 us), a fraction of a time slice. Chosen, not measured."""
 MOST_ASIDE = 64 << 10
 """Bytes of a request after which a thread steps aside, at most: to send more is work, and so is to receive as much as
 was received before."""

@@ -83,6 +83,24 @@ def poll(condition: Callable[[], Any], *, what: str, seconds: float = 10.0) -> A
     return value
 
 
+_REPLACED = """
+import importlib.util, sys
+sys.path[:0] = {path!r}
+spec = importlib.util.spec_from_file_location("plugin", {plugin!r})
+plugin = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(plugin)
+{device}
+plugin.adapter.open_device = lambda options: Replaced()
+globals().update({{name: value for name, value in vars(plugin).items() if not name.startswith("__")}})
+"""
+
+
+def write_plugin(script: Path, device: str) -> None:
+    """The plugin, but its device is the class `Replaced` of this source, behind the real adapter and nbdkit."""
+    site = next(Path(sys.prefix, "lib").glob("python*/site-packages"))
+    script.write_text(_REPLACED.format(path=[str(TOP), str(site)], plugin=str(PLUGIN), device=device))
+
+
 def answers(path: Path) -> bool:
     """Whether an NBD server answers at a Unix socket; takes its leave as the protocol wants it."""
     with socket.socket(socket.AF_UNIX) as probe:

@@ -10,13 +10,12 @@ import json
 import random
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PLUGIN, START_SECONDS, Server, answers, is_attached, poll, run
+from conftest import START_SECONDS, Server, answers, is_attached, poll, run, write_plugin
 
 from nbd_qcow2j.format.tables import OFFSET_MASK
 
@@ -132,13 +131,10 @@ def test_a_write_to_a_read_only_server_is_refused_by_flag_and_errno(serve: Calla
 # ---- Errors: what a client is told, what the log says ------------------------------------------------
 
 FAILING = """
-import errno, importlib.util, os
+import errno
 from nbd_qcow2j.errors import DeviceFailed, RequestError
-spec = importlib.util.spec_from_file_location("plugin", {plugin!r})
-plugin = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(plugin)
 
-class Failing:
+class Replaced:
     size, read_only, description = 1 << 20, False, "failing"
     start = close = lambda self, *cpus: None
     def block_sizes(self):
@@ -157,9 +153,6 @@ class Failing:
             case 7: raise OSError(errno.EDQUOT, "Disk quota exceeded")
             case 8: raise RequestError(errno.EINVAL, "no")
         buffer[:] = bytes(len(buffer))
-
-plugin.adapter.open_device = lambda options: Failing()
-globals().update({{name: value for name, value in vars(plugin).items() if not name.startswith("__")}})
 """
 
 
@@ -168,9 +161,7 @@ def test_each_error_has_its_errno_and_the_reason_stays_in_the_log(tmp_path: Path
     import nbd  # noqa: PLC0415
 
     script, path, log = tmp_path / "failing.py", short_path / "nbd.sock", tmp_path / "log"
-    site = next(Path(sys.prefix, "lib").glob("python*/site-packages"))
-    start = f"import sys; sys.path[:0] = [{str(PLUGIN.parent)!r}, {str(site)!r}]\n"
-    script.write_text(start + FAILING.format(plugin=str(PLUGIN)))
+    write_plugin(script, FAILING)
     words = ["nbdkit", "-f", "-U", str(path), "python", str(script), "file=/dev/null"]
     with log.open("wb") as out, subprocess.Popen(words, stdout=out, stderr=out) as process:
         try:

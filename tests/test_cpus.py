@@ -158,6 +158,17 @@ def test_the_cheaper_placing_is_found(machine: Machine, monkeypatch: pytest.Monk
     assert it.gathered and machine.placed == {1: {3}}
 
 
+def near(machine: Machine) -> tuple[Cpus, OperationCounters]:
+    """Threads that are gathered and step aside; this one is ready."""
+    machine.better = True
+    reads = OperationCounters()
+    it = Cpus("auto", [reads])
+    cpus.ready.add(get_ident())
+    load(machine, reads, busy=15_000, between=35_000, looks=2)
+    assert it.gathered and it.aside
+    return it, reads
+
+
 def test_gathered_threads_of_which_one_works_at_a_time_wait_for_the_cpu(machine: Machine) -> None:
     reads = OperationCounters()
     it = Cpus("auto", [reads])
@@ -181,11 +192,7 @@ def test_gathered_threads_of_which_one_works_at_a_time_wait_for_the_cpu(machine:
 
 
 def test_a_thread_steps_aside_and_up_again(machine: Machine) -> None:
-    machine.better = True
-    reads = OperationCounters()
-    it = Cpus("auto", [reads])
-    cpus.ready.add(get_ident())
-    load(machine, reads, busy=15_000, between=35_000, looks=2)
+    it, _ = near(machine)
     it.step_aside()
     assert machine.policies[0] == os.SCHED_IDLE and not cpus.ready
     it.step_up()
@@ -196,11 +203,7 @@ def test_a_thread_steps_aside_and_up_again(machine: Machine) -> None:
 
 
 def test_a_policy_that_changes_while_a_thread_steps_up_is_the_one_it_gets(machine: Machine) -> None:
-    machine.better = True
-    reads = OperationCounters()
-    it = Cpus("auto", [reads])
-    cpus.ready.add(get_ident())
-    load(machine, reads, busy=15_000, between=35_000, looks=2)
+    it, reads = near(machine)
     it.step_aside()
 
     def queue_begins() -> None:
@@ -231,11 +234,7 @@ def test_who_may_not_come_back_does_not_step_aside(
 def test_where_others_compute_the_threads_part_at_once(
     machine: Machine, waits: int, gathered: bool, between: int
 ) -> None:
-    machine.better = True
-    reads = OperationCounters()
-    it = Cpus("auto", [reads])
-    load(machine, reads, busy=15_000, between=35_000, looks=2)
-    assert it.gathered
+    it, reads = near(machine)
     # Also where it makes requests so slow that a comparison would take them for an idle client's.
     seen = len(machine.costs)
     end = machine.now + 2 * LOOK_NS + MANY * between
@@ -259,10 +258,7 @@ def test_what_threads_waited_for_each_other_in_a_queue_is_no_crowd(machine: Mach
 
 
 def test_a_look_that_passes_while_a_thread_joins_is_not_lost(machine: Machine) -> None:
-    machine.better = True
-    reads = OperationCounters()
-    it = Cpus("auto", [reads])
-    load(machine, reads, busy=15_000, between=35_000, looks=2)
+    it, reads = near(machine)
 
     def parted() -> None:
         machine.while_set, machine.better = lambda: None, False
